@@ -1,0 +1,47 @@
+# Everything runs in .venv, which the first target that needs it builds. VENV, PYTHON, EXTRAS and CONSTRAINTS can be given.
+VENV ?= .venv
+EXTRAS ?= dev
+SUPPORTED = python3.11 python3.12 python3
+# The first that really runs: a version manager's shim can be on the PATH without its interpreter.
+PYTHON ?= $(shell for name in $(SUPPORTED); do "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo "$$name"; break; }; done)
+VERSION = $(shell "$(PYTHON)" -c 'import sys; print("%d%d" % sys.version_info[:2])')
+CONSTRAINTS ?= $(wildcard requirements/constraints-py$(VERSION)-cpu.txt)
+PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+RUN = $(VENV)/bin/python -m
+SOURCES = megatron_aligndistil tests setup.py $(wildcard tools)
+INSTALLED = $(VENV)/.installed
+
+.PHONY: setup quickstart test test-slow check format clean
+.DEFAULT_GOAL = setup
+
+setup: $(INSTALLED)
+
+$(INSTALLED): setup.py pyproject.toml $(wildcard requirements/*.txt)
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found; give one: make PYTHON=<interpreter>"; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	$(PIP_INSTALL) --editable '.[$(EXTRAS)]'
+	$(PIP_INSTALL) --no-deps --requirement requirements/quickstart.txt
+	@touch $@
+
+quickstart: $(INSTALLED)
+	$(RUN) megatron_aligndistil quickstart
+
+test: $(INSTALLED)
+	$(RUN) pytest -q -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(RUN) pytest -q -m slow
+
+check: $(INSTALLED)
+	$(RUN) ruff check $(SOURCES)
+	$(RUN) ruff format --check $(SOURCES)
+	$(RUN) mypy
+	$(RUN) pytest -q tests/architecture
+
+format: $(INSTALLED)
+	$(RUN) ruff check --fix $(SOURCES)
+	$(RUN) ruff format $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,97 @@
+"""AlignDistil (paper Eq. 16-19): distil an extrapolation of the DPO model into the policy, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_aligndistil.algorithms.algorithm import Algorithm, Role, RoleOutput
+from megatron_aligndistil.config.schema import AlignDistilConfig, AlignDistilRunConfig
+from megatron_aligndistil.kernels.extrapolated_kl import Extrapolation, Teacher, extrapolated_kl, teacher_scalars
+from megatron_aligndistil.kernels.token_kl import token_kl
+from megatron_aligndistil.losses.aligndistil import aligndistil_loss, token_weights
+from megatron_aligndistil.models.heads import Projection
+from megatron_aligndistil.types import Batch, LossOutput
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """A micro-batch's teacher, and the initial model where its divergence is measured."""
+
+    teacher: Teacher
+    initial: RoleOutput | None
+
+
+def aligndistil(config: AlignDistilRunConfig) -> Algorithm:
+    """Minimise Σ_t β_t KL(π_θ ‖ softmax z*_t), teachers frozen.
+
+    With the contrastive reward z* = z_d + α_t (z_d - z_r) (Eq. 17). With the vanilla one the weight starts from the initial
+    model, z* = z_ref + α_t (z_d - z_ref) (Eq. 11): the same extrapolation from π_ref with the opposite sign.
+    """
+    settings, chunk_tokens = config.model.aligndistil, config.model.kernel.chunk_tokens
+    contrastive = settings.reward == "contrastive"
+    sign = 1.0 if contrastive else -1.0
+    base, other = ("dpo", "reverse_dpo") if contrastive else ("initial", "dpo")
+    extrapolation = Extrapolation(
+        settings.weight,  # type: ignore[arg-type]
+        sign * settings.alpha,
+        sign * settings.epsilon,
+        settings.tvd_scale,
+    )
+
+    def annotate(batch: Batch, outputs: Mapping[str, RoleOutput]) -> Annotation:
+        b, o = outputs[base], outputs[other]
+        scalars = teacher_scalars(b.kept, b.head, o.kept, o.head, extrapolation, chunk_tokens)
+        return Annotation(Teacher(b.kept, b.head, o.kept, o.head, scalars), outputs.get("initial"))
+
+    def loss(policy: Projection, batch: Batch, annotation: Annotation) -> LossOutput:
+        divergence = extrapolated_kl(policy.hidden_TH, policy.head, annotation.teacher, chunk_tokens)
+        scalars = annotation.teacher.scalars
+        alpha_T = sign * scalars.alpha
+        weight_T = token_weights(alpha_T, settings.beta0, batch, settings.normalize_by_length)
+        output = aligndistil_loss(divergence.kl, weight_T, batch.n_sequences)
+        values = {
+            "alpha": alpha_T,
+            "beta": settings.beta0 / alpha_T,
+            "tvd": scalars.tvd,
+            "kl_to_teacher": divergence.kl,
+            "kl_to_dpo": divergence.kl_to_d if contrastive else divergence.kl_to_r,
+            "expected_reward": settings.beta0 * sign * divergence.reward,
+        }
+        if not contrastive:
+            values["kl_to_initial"] = divergence.kl_to_d
+        elif annotation.initial is not None:
+            initial = annotation.initial
+            hidden_TH = policy.hidden_TH.detach()
+            values["kl_to_initial"] = token_kl(hidden_TH, policy.head, initial.kept, initial.head, chunk_tokens)
+        return with_token_metrics(output, values, maxima=("alpha", "beta"))
+
+    return Algorithm(
+        name="aligndistil", kind="demonstration", loss=loss, roles=_roles(config, settings), annotate=annotate
+    )
+
+
+def _roles(config: AlignDistilRunConfig, settings: AlignDistilConfig) -> dict[str, Role]:
+    def keep_hidden(projection: Projection, batch: Batch) -> Tensor:
+        return projection.hidden_TH
+
+    roles = {"dpo": Role(settings.dpo_path, "model.aligndistil.dpo_path", keep_hidden)}
+    if settings.reward == "contrastive":
+        path = settings.reverse_dpo_path or ""
+        roles["reverse_dpo"] = Role(path, "model.aligndistil.reverse_dpo_path", keep_hidden)
+    if settings.reward == "vanilla" or settings.measure_initial_kl:
+        path = settings.initial_path or config.model.restore_from_path
+        roles["initial"] = Role(path, "model.aligndistil.initial_path", keep_hidden)
+    return roles
+
+
+def with_token_metrics(output: LossOutput, values: Mapping[str, Tensor], maxima: tuple[str, ...]) -> LossOutput:
+    """``output`` with the mean of each per-token value, and the maximum of those named."""
+    detached = {name: value_T.detach() for name, value_T in values.items()}
+    count = torch.tensor(float(next(iter(values.values())).numel()), device=output.total.device)
+    sums = {name: (value_T.sum(), count) for name, value_T in detached.items()}
+    peaks = {f"{name}_max": detached[name].max() for name in maxima if detached[name].numel()}
+    return replace(output, sums={**output.sums, **sums}, maxima={**output.maxima, **peaks})

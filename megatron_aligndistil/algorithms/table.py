@@ -1,0 +1,18 @@
+"""Algorithm names and what builds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron_aligndistil.algorithms.algorithm import Algorithm
+from megatron_aligndistil.algorithms.aligndistil import aligndistil
+from megatron_aligndistil.algorithms.dpo import dpo, reverse_dpo
+from megatron_aligndistil.algorithms.sft import sft
+
+ALGORITHMS: Mapping[str, Callable[[Any], Algorithm]] = {
+    "sft": sft,
+    "dpo": dpo,
+    "reverse_dpo": reverse_dpo,
+    "aligndistil": aligndistil,
+}

@@ -1,0 +1,110 @@
+"""What a path given by the user is: a Hugging Face folder, a GGUF file, a Megatron checkpoint or a run's log folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_aligndistil.checkpoint.metadata import CONFIG, read_config
+from megatron_aligndistil.errors import CheckpointError
+from megatron_aligndistil.models import families
+from megatron_aligndistil.models.architecture import Architecture
+
+Kind = Literal["huggingface", "gguf", "megatron", "run"]
+
+# A Megatron checkpoint is a folder with these; STATE is written last and so marks it complete.
+WEIGHTS, METADATA, STATE = "weights", "huggingface", "state.json"
+FORMAT = 1
+# A run's checkpoints lie in <log folder>/checkpoints/step_<n>.
+CHECKPOINTS = "checkpoints"
+_STEP = re.compile(r"step_(\d+)")
+
+
+def kind_of(path: str | Path) -> Kind:
+    """What ``path`` is.
+
+    Raises:
+        CheckpointError: it doesn't exist, or is none of the four.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return "gguf"
+        raise CheckpointError(f"{path}: a file that isn't GGUF; give a model folder or a .gguf file")
+    if (path / WEIGHTS).is_dir():
+        if not (path / STATE).is_file():
+            raise CheckpointError(f"{path}: incomplete checkpoint, {STATE} is missing (its writing was interrupted)")
+        return "megatron"
+    if (path / CONFIG).is_file():
+        return "huggingface"
+    if (path / CHECKPOINTS).is_dir():
+        return "run"
+    raise CheckpointError(
+        f"{path}: neither a Hugging Face folder ({CONFIG}), a Megatron checkpoint ({WEIGHTS}/, {STATE}) "
+        f"nor a run's log folder ({CHECKPOINTS}/)"
+    )
+
+
+def model_path(path: str | Path) -> Path:
+    """``path`` itself, or a run's newest complete checkpoint.
+
+    Raises:
+        CheckpointError: the path is unknown, or the run has no complete checkpoint.
+    """
+    path = Path(path)
+    if kind_of(path) != "run":
+        return path
+    complete = complete_checkpoints(path)
+    if not complete:
+        raise CheckpointError(f"{path / CHECKPOINTS}: no complete checkpoint (step_<n>/{STATE})")
+    return complete[-1]
+
+
+def complete_checkpoints(log_folder: Path) -> list[Path]:
+    """A run's complete checkpoints, oldest first."""
+    steps = []
+    for folder in (log_folder / CHECKPOINTS).glob("step_*"):
+        match = _STEP.fullmatch(folder.name)
+        if match and (folder / STATE).is_file():
+            steps.append((int(match[1]), folder))
+    return [folder for _, folder in sorted(steps)]
+
+
+def metadata_source(path: str | Path) -> Path:
+    """Where config and tokenizer of a model are: a folder as transformers reads it, or the GGUF file itself.
+
+    Raises:
+        CheckpointError: as ``model_path``.
+    """
+    found = model_path(path)
+    return found / METADATA if kind_of(found) == "megatron" else found
+
+
+def read_architecture(path: str | Path) -> Architecture:
+    """The architecture of the model at ``path``.
+
+    Raises:
+        CheckpointError: the path is unknown, its config is damaged, or the model isn't implemented.
+    """
+    return families.architecture_of(read_config(metadata_source(path)))
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """A Megatron checkpoint's ``state.json``.
+
+    Raises:
+        CheckpointError: it is damaged, or of a format that this version doesn't read.
+    """
+    file = checkpoint / STATE
+    try:
+        state = json.loads(file.read_text())
+        found = state["format"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{file}: not a checkpoint's state ({error!r})") from error
+    if found != FORMAT:
+        raise CheckpointError(f"{file}: format {found!r} is not read by this version, which reads {FORMAT}")
+    return state

@@ -1,0 +1,109 @@
+"""What a model folder holds beside weights: config, generation config, tokenizer, chat template."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_aligndistil.checkpoint.sources import open_gguf
+from megatron_aligndistil.errors import CheckpointError
+from megatron_aligndistil.models import families
+
+CONFIG = "config.json"
+_CARRIED = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def copy_metadata(source: Path, destination: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy the metadata of a Hugging Face folder, or write a GGUF file's, into the folder ``destination``.
+
+    Files are carried over byte for byte; ``config.json`` changes its ``dtype`` where one is given.
+    """
+    destination.mkdir(parents=True, exist_ok=True)
+    if source.is_file():
+        _write_gguf_metadata(source, destination)
+    else:
+        for pattern in _CARRIED:
+            for path in sorted(source.glob(pattern)):
+                if path.is_dir():
+                    shutil.copytree(path, destination / path.name, dirs_exist_ok=True)
+                else:
+                    shutil.copyfile(path, destination / path.name)
+    if dtype is not None:
+        _set_dtype(destination / CONFIG, str(dtype).removeprefix("torch."))
+
+
+def _set_dtype(file: Path, name: str) -> None:
+    config = json.loads(file.read_text())
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if config.get(key) != name:
+        config[key] = name
+        file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_config(source: Path) -> Any:
+    """The transformers config of a Hugging Face folder or a GGUF file.
+
+    Raises:
+        CheckpointError: no or damaged config, or quantised weights, which are not read.
+    """
+    return _gguf_config(source) if source.is_file() else _folder_config(source)
+
+
+def _folder_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    file = folder / CONFIG
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    try:
+        declared = json.loads(file.read_text())
+        # Before transformers reads it: that would look for code where it doesn't know the family.
+        families.family_named(declared.get("model_type"), folder)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{file}: not a model config ({str(error).splitlines()[0]})") from error
+    if getattr(config, "quantization_config", None):
+        raise CheckpointError(f"{file}: quantization_config is set; give unquantised weights, or GGUF")
+    return config
+
+
+@lru_cache(maxsize=1)
+def _gguf_config(file: Path) -> Any:
+    from transformers import AutoConfig
+
+    reader = open_gguf(file)
+    field = reader.get_field("general.architecture")
+    name = str(field.contents()) if field else ""
+    families.family_named(name, file)
+    if any(tensor.name.startswith("rope_freqs") for tensor in reader.tensors):
+        raise CheckpointError(
+            f"{file}: RoPE scaling stored as a tensor (rope_freqs) is not read from GGUF; use the Hugging Face folder"
+        )
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config.architectures = [f"{name.capitalize()}ForCausalLM"]
+    return config
+
+
+def _write_gguf_metadata(file: Path, destination: Path) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    config = _gguf_config(file)
+    config.dtype = torch.float32
+    config.save_pretrained(destination)
+    GenerationConfig.from_model_config(config).save_pretrained(destination)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(destination)

@@ -1,0 +1,184 @@
+"""Checkpoints of a run under training: written asynchronously, current only when whole, readable under any layout.
+
+A checkpoint is written under a hidden name and renamed when every rank is done, so a crash while saving leaves the last
+good one current.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_aligndistil.checkpoint import rng
+from megatron_aligndistil.checkpoint.locate import CHECKPOINTS, FORMAT, METADATA, STATE, WEIGHTS, read_state
+from megatron_aligndistil.checkpoint.metadata import copy_metadata
+from megatron_aligndistil.checkpoint.weights import load_distributed, load_weights, model_state
+from megatron_aligndistil.config.schema import CheckpointCallbackConfig
+from megatron_aligndistil.errors import CheckpointError
+from megatron_aligndistil.trainer.hooks import Hook, Metrics
+from megatron_aligndistil.trainer.loop import Trainer
+from megatron_aligndistil.trainer.optimizer import TrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Optimizer state as one tensor a parameter, whatever ranks it was sharded over.
+_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What must stay the same for a resumed run to go on with the right examples."""
+
+    algorithm: str
+    seed: int
+    global_batch_size: int
+    train_examples: int
+    train_fingerprint: str
+
+
+class CheckpointHook(Hook):
+    """Saves every ``every_n_train_steps`` steps and at the end; keeps the newest ``save_top_k``."""
+
+    def __init__(
+        self, log_dir: Path, metadata: Path, provenance: Provenance, settings: CheckpointCallbackConfig
+    ) -> None:
+        self.folder = log_dir / CHECKPOINTS
+        self.metadata = metadata
+        self.provenance = provenance
+        self.settings = settings
+        self._queue = AsyncCallsQueue()
+        self._saved_at = -1
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._saved_at = trainer.step if trainer.step else -1
+        if dist.get_rank() == 0:
+            for leftover in self.folder.glob(".step_*"):
+                shutil.rmtree(leftover)
+
+    def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
+        with write_errors(self.folder):
+            self._queue.maybe_finalize_async_calls(blocking=False)
+        interval = self.settings.every_n_train_steps
+        if interval and trainer.step % interval == 0:
+            self._save(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self.settings.save_on_train_end and self._saved_at != trainer.step:
+            self._save(trainer)
+        with write_errors(self.folder):
+            self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def close(self) -> None:
+        self._queue.close()
+
+    def _save(self, trainer: Trainer) -> None:
+        start = time.perf_counter()
+        final = self.folder / f"step_{trainer.step:08d}"
+        partial = self.folder / f".{final.name}"
+        with write_errors(final):
+            # Two saves at once would double the memory that they hold.
+            self._queue.maybe_finalize_async_calls(blocking=True)
+            self._prepare(partial)
+            request = dist_checkpointing.save(
+                training_state(trainer.policy),
+                str(partial / WEIGHTS),
+                async_sharded_save=True,
+                validate_access_integrity=dist.get_world_size() > 1,
+            )
+            scheduler = trainer.policy.scheduler.state_dict()
+            state = {"format": FORMAT, "step": trainer.step, "scheduler": scheduler, **vars(self.provenance)}
+            request.add_finalize_fn(lambda: self._finalize(partial, final, state))
+            if self.settings.async_save:
+                self._queue.schedule_async_request(request)
+            else:
+                request.execute_sync()
+        self._saved_at = trainer.step
+        logger.info("checkpoint %s: training waited %.2f s for it", final, time.perf_counter() - start)
+
+    def _prepare(self, partial: Path) -> None:
+        if dist.get_rank() == 0:
+            (partial / WEIGHTS).mkdir(parents=True)
+            copy_metadata(self.metadata, partial / METADATA)
+        dist.barrier()
+
+    def _finalize(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
+        if dist.get_rank() == 0:
+            with (partial / STATE).open("w") as file:
+                json.dump({**state, "world_size": dist.get_world_size()}, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            self._prune()
+        dist.barrier()
+
+    def _prune(self) -> None:
+        keep = self.settings.save_top_k
+        steps = sorted(self.folder.glob("step_*"))
+        for old in steps[:-keep] if keep > 0 else []:
+            # Renamed first: a half-deleted folder must not look like a checkpoint.
+            hidden = old.with_name(f".{old.name}")
+            os.replace(old, hidden)
+            shutil.rmtree(hidden)
+
+
+@contextlib.contextmanager
+def write_errors(folder: Path) -> Iterator[None]:
+    """A failure to write, in this process or in the one that writes for it, as one line."""
+    try:
+        yield
+    except (OSError, CheckpointingException, CheckpointException) as error:
+        raise CheckpointError(
+            f"{folder}: cannot write the checkpoint: {error}; free space there, then resume from the last good one with "
+            "exp_manager.resume_if_exists=true"
+        ) from error
+
+
+def training_state(policy: TrainedModel, loading: bool = False) -> dict[str, Any]:
+    """Weights, optimizer and random generators of this rank, as Megatron-Core shards them."""
+    model = model_state(policy.chunks)
+    flat = {f"{part}.{name}": tensor for part, tensors in model.items() for name, tensor in tensors.items()}
+    optimizer = policy.optimizer.sharded_state_dict(flat, is_loading=loading, metadata=dict(_OPTIMIZER_METADATA))
+    return {**model, "optimizer": optimizer, "rng": rng.rng_state()}
+
+
+def resume(policy: TrainedModel, checkpoint: Path, provenance: Provenance) -> int:
+    """Continue from ``checkpoint``, under this layout whatever it was written under; returns the steps done.
+
+    Raises:
+        CheckpointError: it is damaged, or belongs to a run on other data, of another batch size or another algorithm.
+    """
+    state = read_state(checkpoint)
+    for name, value in vars(provenance).items():
+        if state.get(name) != value:
+            raise CheckpointError(
+                f"{checkpoint / STATE}: {name} was {state.get(name)!r} when it was saved and is {value!r} now, so the run "
+                "cannot go on where it was; restore it, or start another run (exp_manager.name) with "
+                f"model.restore_from_path={checkpoint}"
+            )
+    load_weights(policy.chunks, checkpoint)
+    target = {k: v for k, v in training_state(policy, loading=True).items() if k in ("optimizer", "rng")}
+    same_ranks = state["world_size"] == dist.get_world_size()
+    if not same_ranks:
+        # Another number of ranks has other generators; nothing in training draws from them.
+        del target["rng"]
+    loaded = load_distributed(target, checkpoint / WEIGHTS)
+    policy.optimizer.load_state_dict(loaded["optimizer"])
+    policy.scheduler.load_state_dict(state["scheduler"])
+    if same_ranks:
+        rng.restore(loaded["rng"])
+    return state["step"]

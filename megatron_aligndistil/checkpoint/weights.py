@@ -1,0 +1,153 @@
+"""Model weights in every form that a path can name, into the shards of any layout; and Megatron-Core's form back out.
+
+The distributed checkpoint holds global tensors under global names, so it has no layout of its own.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_aligndistil.checkpoint.hf_import import load_hf
+from megatron_aligndistil.checkpoint.index import check_files
+from megatron_aligndistil.checkpoint.locate import WEIGHTS, kind_of, model_path, read_state
+from megatron_aligndistil.checkpoint.metadata import read_config
+from megatron_aligndistil.checkpoint.placement import placed_parameters
+from megatron_aligndistil.checkpoint.sources import GGUFFile, SafetensorsFolder, TensorSource
+from megatron_aligndistil.errors import CheckpointError
+from megatron_aligndistil.models.families.rules import VOCAB
+from megatron_aligndistil.models.policy import HiddenStateModel
+
+# Layers under their own names, not stacked along an axis; pass a copy, Megatron-Core adds its process groups.
+SHARDING = {"non_homogeneous_layers": True}
+
+_FAILURES = (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError, CheckpointingException)
+
+
+def open_source(path: Path) -> TensorSource:
+    """The tensors of a Hugging Face folder or a GGUF file.
+
+    Raises:
+        CheckpointError: unreadable files.
+    """
+    return GGUFFile(path, read_config(path)) if path.is_file() else SafetensorsFolder(path)
+
+
+def load_weights(chunks: Sequence[HiddenStateModel], path: str | Path) -> None:
+    """Fill every parameter of this rank from a Hugging Face folder, a GGUF file, a Megatron checkpoint or a run.
+
+    Every rank calls it. Values are cast to the parameters' dtype; padded vocabulary rows become zero.
+
+    Raises:
+        CheckpointError: names the file that is missing, damaged or doesn't fit the model.
+    """
+    found = model_path(path)
+    if kind_of(found) == "megatron":
+        read_state(found)
+        _load_in_place(model_state(chunks), found / WEIGHTS)
+        _clear_padding(chunks)
+    else:
+        load_hf(chunks, open_source(found))
+
+
+def save_weights(chunks: Sequence[HiddenStateModel], folder: Path) -> None:
+    """Write ``folder``/weights, a distributed checkpoint of the chunks. Every rank calls it.
+
+    Raises:
+        CheckpointError: a rank cannot write.
+    """
+    save_distributed(model_state(chunks), folder / WEIGHTS)
+
+
+def model_state(chunks: Sequence[HiddenStateModel]) -> dict[str, Any]:
+    """Megatron-Core's sharded state of the chunks: {"model": ...}, or {"model0": ..., "model1": ...} for several.
+
+    Its tensors are the parameters themselves. Transformer Engine's extra states (FP8 scales) are left out: they would
+    be unpickled on loading, and checkpoints are the same with and without it this way.
+    """
+    state = {}
+    for index, chunk in enumerate(chunks):
+        sharded = chunk.sharded_state_dict(metadata=dict(SHARDING))
+        kept = {name: value for name, value in sharded.items() if not isinstance(value, ShardedObject)}
+        for name, value in kept.items():
+            if name.startswith("output_layer."):
+                # As for the embedding: another layout may pad the vocabulary to another size.
+                value.allow_shape_mismatch = True
+        state["model" if len(chunks) == 1 else f"model{index}"] = kept
+    return state
+
+
+def save_distributed(state: dict[str, Any], folder: Path) -> None:
+    """Write a sharded state by Megatron-Core's ``dist_checkpointing``. Every rank calls it.
+
+    Raises:
+        CheckpointError: a rank cannot write.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        dist_checkpointing.save(state, str(folder))
+    except (*_FAILURES, CheckpointException) as error:
+        raise CheckpointError(f"{folder}: cannot write the checkpoint: {_reason(error)}") from error
+
+
+def load_distributed(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Read what ``state`` describes by Megatron-Core's ``dist_checkpointing``. Every rank calls it.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or not a checkpoint's, or the tensors don't fit.
+    """
+    check_files(folder)
+    try:
+        return dist_checkpointing.load(state, str(folder))
+    except (*_FAILURES, CheckpointException) as error:
+        raise CheckpointError(f"{folder}: cannot read the checkpoint: {_reason(error)}") from error
+
+
+def _load_in_place(state: dict[str, Any], folder: Path) -> None:
+    """Fill the tensors of ``state``, without a second copy of any."""
+    targets: dict[tuple[str, str], Tensor] = {}
+    for key, sharded in state.items():
+        for name, value in sharded.items():
+            targets[key, name] = value.data
+            if isinstance(value, ShardedTensorFactory):
+                # Its pieces are views of the parameter; joining them would make a copy.
+                value.merge_fn = list
+    loaded = load_distributed(state, folder)
+    for (key, name), target in targets.items():
+        _settle(target, loaded[key][name])
+
+
+@torch.no_grad()
+def _settle(target: Tensor, loaded: Tensor | list[Tensor]) -> None:
+    pieces = loaded if isinstance(loaded, list) else [loaded]
+    for piece, view in zip(pieces, target.split([len(piece) for piece in pieces]), strict=True):
+        if piece.data_ptr() != view.data_ptr():
+            view.copy_(piece)
+
+
+@torch.no_grad()
+def _clear_padding(chunks: Sequence[HiddenStateModel]) -> None:
+    vocab_size = chunks[0].architecture.vocab_size
+    for placed in placed_parameters(chunks):
+        if placed.entry.rule is VOCAB:
+            first = placed.slot.rank * placed.slot.shape[0]
+            placed.parameter[max(0, vocab_size - first) :] = 0
+
+
+def _reason(error: BaseException) -> str:
+    """The first line that says something of an error that may hold one a rank."""
+    causes: Iterator[BaseException] = iter([error])
+    if isinstance(error, CheckpointException):
+        causes = (failure[0] for failure in error.failures.values())
+    return next((line for cause in causes for line in str(cause).splitlines() if line.strip()), repr(error))

@@ -1,0 +1,294 @@
+"""YAML files and ``key=value`` overrides → one typed ``RunConfig``. The only importer of Hydra and OmegaConf.
+
+A recipe inherits from its algorithm's schema; a user's YAML inherits from a recipe (``defaults: [dpo, _self_]``) or is
+a resolved config that an earlier run saved. Whatever is wrong with a key or a value becomes one ``ConfigError`` line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from megatron_aligndistil.config.schema import AlignDistilRunConfig, DPORunConfig, RunConfig, SFTRunConfig
+from megatron_aligndistil.errors import ConfigError
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+SCHEMAS: Mapping[str, type[RunConfig]] = {
+    "sft": SFTRunConfig,
+    "dpo": DPORunConfig,
+    "reverse_dpo": DPORunConfig,
+    "aligndistil": AlignDistilRunConfig,
+}
+
+
+def recipe_names() -> list[str]:
+    """Names that ``config_name`` accepts without a folder of the user's own."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What the user gave, and the schema that its keys are looked up in: what an error message quotes."""
+
+    name: str
+    overrides: tuple[str, ...]
+    schema: type[RunConfig]
+
+
+def load_config(
+    config_name: str, overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | None = None
+) -> RunConfig:
+    """The run that ``config_name`` and Hydra ``overrides`` describe, with every mandatory key set.
+
+    ``config_dir`` is searched for ``<config_name>.yaml`` before our recipes, which its files can inherit from.
+    Raises ConfigError; the combinations of values are judged by ``checks``, not here.
+    """
+    composed, source = _compose(config_name, overrides, config_dir)
+    with _one_line(source):
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            remedy = " ".join(f"{key}=<value>" for key in missing)
+            raise ConfigError(f"{' and '.join(missing)}: mandatory, but not set; add {remedy}")
+        config = OmegaConf.to_object(composed)
+    assert isinstance(config, source.schema)
+    return config
+
+
+def describe_config(
+    config_name: str, overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | None = None
+) -> str:
+    """The same run as YAML with interpolations resolved; ``???`` stands where a mandatory value is still missing."""
+    composed, source = _compose(config_name, overrides, config_dir)
+    with _one_line(source):
+        return OmegaConf.to_yaml(composed, resolve=True)
+
+
+def load_resolved(path: str | os.PathLike[str]) -> RunConfig:
+    """A config that ``save_resolved`` wrote."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    return load_config(path.stem, (), path.parent)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """``config`` as YAML, every key of its schema included."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def save_resolved(config: RunConfig, path: str | os.PathLike[str]) -> None:
+    """Write ``to_yaml(config)`` to ``path`` atomically, making its folder where needed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(to_yaml(config))
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a run's config from the rest of its group
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _compose(
+    config_name: str, overrides: Sequence[str], config_dir: str | os.PathLike[str] | None
+) -> tuple[DictConfig, _Source]:
+    name = config_name.removesuffix(".yaml")
+    for override in overrides:
+        if _key_of(override).startswith("hydra."):
+            raise ConfigError(f"{override}: Hydra's own settings have no effect here; use exp_manager and --config-dir")
+    folder = _folder_of(name, config_dir)
+    source = _Source(name, tuple(overrides), _schema_in(folder / f"{name}.yaml"))
+    store = ConfigStore.instance()
+    for schema in dict.fromkeys(SCHEMAS.values()):
+        store.store(name=_schema_node(schema), node=schema)
+    search = [f"hydra.searchpath=[file://{RECIPES}]"] if folder != RECIPES else []
+    with _one_line(source), initialize_config_dir(str(folder), job_name="aligndistil", version_base="1.3"):
+        return _typed(compose(name, overrides=[*search, *overrides]), source)
+
+
+@contextmanager
+def _one_line(source: _Source) -> Iterator[None]:
+    """Turn what Hydra, OmegaConf and YAML raise into a ConfigError of one line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(_explain(error, source)) from error
+
+
+def _schema_node(schema: type[RunConfig]) -> str:
+    """``dpo_schema`` for DPORunConfig: the name that a recipe's ``defaults`` inherits from."""
+    return schema.__name__.removesuffix("RunConfig").lower() + "_schema"
+
+
+def _folder_of(name: str, config_dir: str | os.PathLike[str] | None) -> Path:
+    if config_dir is not None:
+        folder = Path(config_dir).expanduser().resolve()
+        if not folder.is_dir():
+            raise ConfigError(f"--config-dir {config_dir}: no such folder")
+        if (folder / f"{name}.yaml").is_file():
+            return folder
+    if (RECIPES / f"{name}.yaml").is_file():
+        return RECIPES
+    own = sorted(path.stem for path in folder.glob("*.yaml")) if config_dir is not None else []
+    known = ", ".join(dict.fromkeys([*own, *recipe_names()]))
+    hint = "" if config_dir is not None else "; --config-dir adds a folder of your own"
+    raise ConfigError(f"--config-name {name}: no such config; there are {known}{hint}")
+
+
+def _typed(composed: DictConfig, source: _Source) -> tuple[DictConfig, _Source]:
+    """Merge onto a fresh schema: types a YAML that inherits none, and refuses keys that ``+key`` forced in."""
+    algorithm = "???" if OmegaConf.is_missing(composed, "algorithm") else str(composed.get("algorithm"))
+    if algorithm not in SCHEMAS:
+        raise ConfigError(
+            f"{source.name}.yaml: algorithm={algorithm} is not one of {', '.join(SCHEMAS)}; "
+            f"begin the file with 'defaults: [dpo, _self_]' or another recipe's name"
+        )
+    source = replace(source, schema=SCHEMAS[algorithm])
+    inherited = OmegaConf.get_type(composed)
+    if inherited is not dict and inherited is not source.schema:
+        raise ConfigError(f"algorithm={algorithm}: {source.name} has another schema; use --config-name {algorithm}")
+    values = OmegaConf.to_container(composed, resolve=False)
+    with _one_line(source):
+        typed = OmegaConf.merge(OmegaConf.structured(source.schema), values)
+    assert isinstance(typed, DictConfig)
+    return typed, source
+
+
+def _schema_in(path: Path) -> type[RunConfig]:
+    """The schema to look for close keys in, when composing failed before the type was known."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return RunConfig
+    named = [name for name in SCHEMAS if re.search(rf"\b{name}(_schema)?\b", text)]
+    return SCHEMAS[max(named, key=len)] if named else RunConfig
+
+
+def _explain(error: BaseException, source: _Source) -> str:
+    """One line: the key, its value, what is wrong, the remedy."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}:{mark.line + 1}: not valid YAML: {error.problem}; correct that line"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not a valid override; write key=value, and quote a value with special characters"
+    cause = _omegaconf_cause(error)
+    if cause is None or not cause.full_key:
+        return _explain_composition(error, source)
+    key = str(cause.full_key)
+    given = next((text for text in source.overrides if f"{_key_of(text)}.".startswith(f"{_bare(key)}.")), None)
+    file = re.match(r"In '([^']+)'", str(error))  # names the one file, of all that are inherited
+    where = given or f"{file[1] if file else source.name}.yaml: {key}"
+    first_line = str(cause).splitlines()[0]
+    if isinstance(cause, ConfigKeyError) or "not in" in first_line:
+        return _explain_unknown(given, where, key, source.schema)
+    if "is not Optional" in first_line:
+        return f"{where}: null is not allowed; give it {_expected(key, source.schema)}"
+    if "does not support deletion" in first_line:
+        return f"{where}: keys cannot be removed; set it to another value"
+    if any(words in first_line for words in ("could not be converted", "Invalid", "is not a valid")):
+        shown = "" if given else f"={cause.value}"
+        return f"{where}{shown}: wrong type; expected {_expected(key, source.schema)}"
+    return f"{where}: {first_line}; correct the value"
+
+
+def _explain_composition(error: BaseException, source: _Source) -> str:
+    text = str(error).strip().splitlines()[0]
+    if isinstance(error, MissingConfigException):
+        return f"{text}; 'defaults' may name {', '.join(recipe_names())} and the files beside it"
+    if text.startswith("Ambiguous value"):
+        given = next((override for override in source.overrides if override in text), text)
+        return f"{given}: several values; for a list write {_key_of(given)}=[a,b], for text with a comma quote it"
+    blamed = " ".join(source.overrides) if type(error) is ValueError else f"{source.name}.yaml"
+    return f"{blamed}: {text}; write overrides as key=value and the file as a mapping of keys"
+
+
+def _omegaconf_cause(error: BaseException | None) -> OmegaConfBaseException | None:
+    while error is not None and not isinstance(error, OmegaConfBaseException):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _bare(key: str) -> str:
+    """``a.b[1]`` without the index."""
+    return re.sub(r"\[\d+\]", "", key)
+
+
+def _explain_unknown(given: str | None, where: str, key: str, schema: type[RunConfig]) -> str:
+    full_key = _key_of(given) if given else key
+    for algorithm, other in SCHEMAS.items():
+        if other is not schema and full_key in _keys(other):
+            return f"{where}: a key of {algorithm}, not of this run; use --config-name {algorithm}, or remove it"
+    close = _closest(full_key, _keys(schema))
+    if close is None:
+        return f"{where}: no such key; --cfg job prints all keys"
+    if full_key.startswith(f"{close}."):  # below a free-form mapping or a value
+        free_form = isinstance(OmegaConf.select(OmegaConf.structured(schema), close), DictConfig)
+        remedy = f"write +{where} to add it" if free_form else f"{close} holds {_expected(close, schema)}"
+        return f"{where}: no such key; {remedy}"
+    return f"{where}: no such key; did you mean {close}?"
+
+
+def _closest(key: str, keys: Iterable[str]) -> str | None:
+    keys = list(keys)
+    above = [known for known in keys if key.startswith(f"{known}.")]
+    if above:
+        return max(above, key=len)
+    last = key.rpartition(".")[2]
+    names = difflib.get_close_matches(last, {known.rpartition(".")[2] for known in keys}, n=3)
+    names = [last] if last in names else names
+    candidates = [known for known in keys if known.rpartition(".")[2] in names]
+    return max(candidates, key=lambda known: difflib.SequenceMatcher(None, key, known).ratio(), default=None)
+
+
+def _keys(schema: type[RunConfig]) -> list[str]:
+    """Every dotted leaf key, free-form mappings counted as leaves."""
+
+    def walk(node: DictConfig, prefix: str) -> Iterable[str]:
+        for name in map(str, node):
+            value: Any = None if OmegaConf.is_missing(node, name) else node[name]
+            if isinstance(value, DictConfig) and OmegaConf.get_type(value) is not dict:
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}"
+
+    return list(walk(OmegaConf.structured(schema), ""))
+
+
+def _expected(key: str, schema: type[RunConfig]) -> str:
+    """The type that ``key`` takes, in words."""
+    path, _, name = _bare(key).rpartition(".")
+    node: Any = OmegaConf.structured(schema)
+    owner = OmegaConf.select(node, path) if path else node
+    value = owner._get_node(name) if isinstance(owner, DictConfig) else None
+    if value is None:
+        return "another type"
+    words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
+    if OmegaConf.is_list(value):
+        element = value._metadata.element_type.__name__  # type: ignore[attr-defined]
+        return f"a list, each item {words[element]}: {_bare(key)}=[a,b]"
+    if OmegaConf.is_dict(value):
+        return f"keys below it: {key}.<key>=<value>"
+    kind = getattr(value._metadata.ref_type, "__name__", str(value._metadata.ref_type))
+    return words.get(kind, kind) + (" or null" if value._metadata.optional else "")

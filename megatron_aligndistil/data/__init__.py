@@ -1,0 +1,1 @@
+"""Data: from rows on disk or on the hub to the micro-batches of a rank."""

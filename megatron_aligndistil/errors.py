@@ -1,0 +1,24 @@
+"""Errors whose cause is the user's input or environment: the CLI prints one line and exits with code 2.
+
+Everything else is a bug and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """What went wrong, where (file:row or config key), the value, and the remedy, in one line."""
+
+
+class ConfigError(UserError, ValueError):
+    """A config key or a combination of keys that cannot be run."""
+
+
+class DataError(UserError, ValueError):
+    """A data file, row or tokenizer that cannot be used."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint or model folder that is missing, damaged, incompatible or cannot be written."""
+
+
+class TrainingError(UserError, RuntimeError):
+    """Training that cannot go on: a non-finite loss or gradient."""

@@ -1,0 +1,212 @@
+"""What the quickstart runs: two recipes, the commands that they come to, and the precision that this CPU is good at."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+CPU_INFO = Path("/proc/cpuinfo")
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # the last one is Arm's
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes and settings. Learning rates are for steps of ``pairs_per_step`` pairs."""
+
+    model: str
+    tensor_parallel: int
+    pipeline_parallel: int
+    train_pairs: int
+    questions_per_topic: int  # of the held-out prompts
+    pairs_per_step: int
+    epochs: int
+    distillation_epochs: int
+    micro_batch: int  # pairs, or responses in AlignDistil
+    prompt_length: int
+    sequence_length: int
+    learning_rate: float
+    warmup_steps: int
+    max_new_tokens: int
+    precision: str | None  # None: what this CPU is good at
+
+    # The paper's settings (METHOD's scale of alpha: the authors' off-policy 10 with half their TVD).
+    beta: float = 0.1
+    alpha: float = 20.0
+    epsilon: float = 1e-3
+
+    @property
+    def devices(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
+
+
+SMOLLM2 = Recipe(
+    model="SmolLM2-135M-Instruct",
+    tensor_parallel=1,
+    pipeline_parallel=2,
+    train_pairs=96,
+    questions_per_topic=2,
+    pairs_per_step=4,
+    epochs=1,
+    distillation_epochs=1,
+    micro_batch=1,
+    prompt_length=80,
+    sequence_length=160,
+    learning_rate=1e-5,
+    warmup_steps=4,
+    max_new_tokens=48,
+    precision=None,
+)
+
+TINY = Recipe(
+    model="a tiny Qwen2-shaped model",
+    tensor_parallel=2,
+    pipeline_parallel=2,
+    train_pairs=64,
+    questions_per_topic=2,
+    pairs_per_step=8,
+    epochs=2,
+    distillation_epochs=2,
+    micro_batch=4,
+    prompt_length=96,
+    sequence_length=256,
+    learning_rate=1e-3,
+    warmup_steps=2,
+    max_new_tokens=32,
+    precision="32",
+)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where things are under the output folder."""
+
+    root: Path
+
+    @property
+    def marker(self) -> Path:
+        """Says that the folder is a quickstart's and may be cleared by the next one."""
+        return self.root / "quickstart.json"
+
+    @property
+    def train(self) -> Path:
+        return self.root / "data" / "train.jsonl"
+
+    @property
+    def heldout(self) -> Path:
+        return self.root / "data" / "heldout.jsonl"
+
+    @property
+    def initial(self) -> Path:
+        """The initial model as a Megatron checkpoint."""
+        return self.root / "initial" / "megatron"
+
+    @property
+    def initial_huggingface(self) -> Path:
+        return self.root / "initial" / "huggingface"
+
+    def run(self, name: str) -> Path:
+        """A training run's log folder."""
+        return self.root / name
+
+    def metrics(self, name: str) -> Path:
+        return self.run(name) / "metrics.jsonl"
+
+    def exported(self, name: str) -> Path:
+        """The Hugging Face folder that a run has exported."""
+        return self.run(name) / "huggingface"
+
+    def log(self, name: str) -> Path:
+        """What a stage has printed."""
+        return self.root / "logs" / f"{name}.log"
+
+
+def training_arguments(recipe: Recipe, folders: Folders, name: str, seed: int) -> list[str]:
+    """What follows ``aligndistil`` to train ``name`` ("dpo", "reverse_dpo" or "aligndistil")."""
+    overrides: dict[str, object] = {
+        "exp_manager.explicit_log_dir": folders.run(name),
+        "exp_manager.create_tensorboard_logger": False,
+        "exp_manager.checkpoint_callback_params.export_hf_on_train_end": True,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": recipe.devices,
+        "trainer.precision": recipe.precision or cpu_precision(),
+        "model.restore_from_path": folders.initial,
+        "model.seed": seed,
+        "model.tensor_model_parallel_size": recipe.tensor_parallel,
+        "model.pipeline_model_parallel_size": recipe.pipeline_parallel,
+        "model.micro_batch_size": recipe.micro_batch,
+        "model.global_batch_size": recipe.pairs_per_step,
+        "model.encoder_seq_length": recipe.sequence_length,
+        "model.data.max_prompt_length": recipe.prompt_length,
+        "model.data.data_prefix.train": [folders.train],
+        "model.data.data_prefix.validation": [folders.heldout],
+        "model.data.cache_dir": folders.root / "data" / "tokenized",
+        "model.optim.lr": recipe.learning_rate,
+        "model.optim.sched.warmup_ratio": None,
+        "model.optim.sched.warmup_steps": recipe.warmup_steps,
+        **(_distillation(recipe, folders) if name == "aligndistil" else _preference(recipe)),
+    }
+    return ["train", "--config-name", name, *(f"{key}={hydra_value(value)}" for key, value in overrides.items())]
+
+
+def _preference(recipe: Recipe) -> Mapping[str, object]:
+    return {"trainer.max_epochs": recipe.epochs, "model.dpo.beta": recipe.beta}
+
+
+def _distillation(recipe: Recipe, folders: Folders) -> Mapping[str, object]:
+    return {
+        "trainer.max_epochs": recipe.distillation_epochs,
+        "trainer.val_before_training": True,
+        "model.data.responses": "chosen",
+        "model.aligndistil.dpo_path": folders.run("dpo"),
+        "model.aligndistil.reverse_dpo_path": folders.run("reverse_dpo"),
+        "model.aligndistil.beta0": recipe.beta,
+        "model.aligndistil.alpha": recipe.alpha,
+        "model.aligndistil.epsilon": recipe.epsilon,
+        "model.aligndistil.measure_initial_kl": True,
+    }
+
+
+def hydra_value(value: object) -> str:
+    """``value`` in Hydra's grammar of overrides; texts are quoted where they hold more than a word or a plain path."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(hydra_value(item) for item in value)}]"
+    text = str(value)
+    if text and all((character.isascii() and character.isalnum()) or character in "/._-+" for character in text):
+        return text
+    # In Hydra's quotes a backslash is special only before a quote, so that those in front of one are doubled.
+    escaped = ""
+    for index, piece in enumerate(text.split("'")):
+        trailing = len(piece) - len(piece.rstrip("\\"))
+        last = index == text.count("'")
+        escaped += piece + "\\" * trailing + ("" if last else "\\'")
+    return f"'{escaped}'"
+
+
+def cpu_precision() -> str:
+    """``bf16-mixed`` where the CPU multiplies bf16 in hardware, else ``32``."""
+    flags = _cpu_flags()
+    found = sorted(BF16_FLAGS & flags)
+    precision = "bf16-mixed" if found else "32"
+    reason = f"this CPU has {', '.join(found)}" if found else "this CPU has no bf16 instructions"
+    logger.info("trainer.precision=%s: %s", precision, reason)
+    return precision
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        lines = CPU_INFO.read_text().splitlines()
+    except OSError:  # not Linux
+        return frozenset()
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()

@@ -1,0 +1,63 @@
+"""The model families: a Hugging Face config → an ``Architecture``, and the names of the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_aligndistil.errors import CheckpointError
+from megatron_aligndistil.models.architecture import Architecture
+from megatron_aligndistil.models.families import llama, qwen2, qwen3
+from megatron_aligndistil.models.families.table import Table
+
+
+@dataclass(frozen=True)
+class Family:
+    """``architecture`` reads a transformers config; ``table`` names the tensors."""
+
+    architecture: Callable[[Any], Architecture]
+    table: Table
+
+
+FAMILIES = {
+    "llama": Family(llama.architecture, llama.TABLE),
+    "qwen2": Family(qwen2.architecture, qwen2.TABLE),
+    "qwen3": Family(qwen3.architecture, qwen3.TABLE),
+}
+
+
+def family_named(model_type: object, origin: object) -> Family:
+    """The family of a ``model_type``; ``origin`` is the file or folder that an error message names.
+
+    Raises:
+        CheckpointError: ``model_type`` is none of ours.
+    """
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{origin}: model_type={model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[str(model_type)]
+
+
+def family_of(config: Any) -> Family:
+    """The family of a transformers config.
+
+    Raises:
+        CheckpointError: ``model_type`` is none of ours.
+    """
+    return family_named(config.model_type, getattr(config, "_name_or_path", "") or "config.json")
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The architecture of a transformers config.
+
+    Raises:
+        CheckpointError: a family or a variant that isn't implemented.
+    """
+    return family_of(config).architecture(config)
+
+
+def table_of(architecture: Architecture) -> Table:
+    """The name table of an architecture's family."""
+    return FAMILIES[architecture.family].table

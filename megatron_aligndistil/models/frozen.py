@@ -1,0 +1,59 @@
+"""Frozen roles: models that are only run forward, each through the whole pipeline, and what is kept of them.
+
+Between their passes the bodies can wait in host memory; the heads stay on the device, since the policy's step needs
+them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_aligndistil.models.heads import Projection, head_of, response_hidden_states
+from megatron_aligndistil.models.policy import HiddenStateModel
+from megatron_aligndistil.parallel import groups, schedule
+from megatron_aligndistil.types import Batch, VocabHead
+
+logger = logging.getLogger(__name__)
+
+
+class FrozenModel:
+    """A model without gradients. ``head`` is None on all but the last pipeline stage."""
+
+    def __init__(self, chunks: Sequence[HiddenStateModel], offload: bool) -> None:
+        self.chunks = list(chunks)
+        for chunk in self.chunks:
+            chunk.eval().requires_grad_(False)
+        self.device = next(self.chunks[0].parameters()).device
+        self.head: VocabHead | None = head_of(self.chunks[-1]) if groups.is_last_stage() else None
+        self.offload = offload and self.device.type == "cuda"
+        if offload and not self.offload:
+            logger.info("model.frozen.offload: the device is the host already; nothing is moved")
+        self._move(torch.device("cpu"))
+
+    def run(self, batches: Sequence[Batch], keep: Callable[[Projection, Batch], Tensor]) -> list[Tensor]:
+        """``keep(projection, micro-batch)`` of every micro-batch, on the last stage; empty elsewhere."""
+        sequence_parallel = self.chunks[0].config.sequence_parallel
+
+        def on_last_stage(hidden_SBH: Tensor, index: int) -> Tensor:
+            assert self.head is not None
+            hidden_TH = response_hidden_states(hidden_SBH, batches[index], sequence_parallel)
+            return keep(Projection(hidden_TH, self.head), batches[index])
+
+        self._move(self.device)
+        kept = schedule.forward_only(self.chunks, batches, on_last_stage)
+        self._move(torch.device("cpu"))
+        return kept
+
+    def _move(self, device: torch.device) -> None:
+        if not self.offload:
+            return
+        resident = self.head.weight if self.head is not None else None
+        for chunk in self.chunks:
+            for parameter in chunk.parameters():
+                if parameter is not resident:
+                    parameter.data = parameter.data.to(device, non_blocking=True)
+        torch.cuda.synchronize()

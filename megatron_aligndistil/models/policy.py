@@ -1,0 +1,182 @@
+"""Building the sharded model: a Megatron-Core GPT whose last stage ends at the last hidden state.
+
+The head is applied by a kernel, which needs the hidden states and the head's shard (``heads.head_of``); no module ever
+returns logits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_aligndistil.models.architecture import Architecture, Llama3RopeScaling
+from megatron_aligndistil.models.attention import ScaledDotProductAttention
+from megatron_aligndistil.models.norm import RMSNorm
+from megatron_aligndistil.parallel import groups
+from megatron_aligndistil.parallel.setup import Layout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Activation recomputation, in Megatron-Core's terms."""
+
+    granularity: str | None = None  # None | "selective" | "full"
+    method: str | None = None  # "uniform" | "block", with "full"
+    num_layers: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What the run decides about a model, beside its architecture."""
+
+    layout: Layout
+    dtype: torch.dtype
+    max_sequence_length: int
+    vocab_divisible_by: int
+    transformer_engine: bool
+    recompute: Recompute = Recompute()
+
+
+def transformer_engine_usable() -> bool:
+    """Whether Transformer Engine is installed and there is a GPU to run it on."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+class HiddenStateModel(GPTModel):
+    """A GPT that returns the last stage's hidden states [S, B, H] ([S/TP, B, H] under sequence parallelism)."""
+
+    architecture: Architecture
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+def build_chunks(architecture: Architecture, settings: ModelSettings) -> list[HiddenStateModel]:
+    """The model chunks of this rank, on this rank's device, with uninitialised weights.
+
+    One chunk, or as many as the virtual pipeline asks for.
+    """
+    config = transformer_config(architecture, settings)
+    virtual = settings.layout.virtual_pipeline
+    last_chunk = (virtual or 1) - 1
+    chunks = []
+    for index in range(virtual or 1):
+        stage = index if virtual else None
+        chunk = HiddenStateModel(
+            config=config,
+            transformer_layer_spec=_block_spec(config, architecture, settings, stage),
+            vocab_size=architecture.padded_vocab_size(settings.vocab_divisible_by, settings.layout.tensor),
+            max_sequence_length=settings.max_sequence_length,
+            pre_process=groups.is_first_stage() and index == 0,
+            post_process=groups.is_last_stage() and index == last_chunk,
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rope_theta,  # type: ignore[arg-type]
+            vp_stage=stage,
+        )
+        chunk.architecture = architecture
+        if architecture.rope_scaling is not None:
+            chunk.rotary_pos_emb.inv_freq = scaled_inverse_frequencies(
+                chunk.rotary_pos_emb.inv_freq, architecture.rope_scaling
+            )
+        chunks.append(chunk.to(torch.cuda.current_device()))
+    return chunks
+
+
+def transformer_config(architecture: Architecture, settings: ModelSettings) -> TransformerConfig:
+    """Megatron-Core's description of ``architecture`` under ``settings``."""
+    layout, fused = settings.layout, settings.transformer_engine
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.rms_norm_eps,
+        qk_layernorm=architecture.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=settings.dtype,
+        pipeline_dtype=settings.dtype,
+        bf16=settings.dtype is torch.bfloat16,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence_parallel,
+        # Rows are padded to their micro-batch's longest, so stages must tell each other the shape.
+        # With chunks interleaved they can't, and micro-batches have one shape (data.collate); with two stages each is the
+        # other's next and previous, which only unbatched sends tell apart.
+        variable_seq_lengths=layout.pipeline > 1 and not layout.virtual_pipeline,
+        overlap_p2p_comm=layout.virtual_pipeline is not None,
+        batch_p2p_comm=layout.virtual_pipeline is None,
+        # Dense models dispatch no tokens, but the config refuses variable lengths with its default.
+        moe_token_dispatcher_type="alltoall",
+        # The step divides by the global count once (DESIGN 4).
+        calculate_per_token_loss=True,
+        # Every weight is loaded; TP ranks would otherwise draw and throw away whole matrices.
+        perform_initialization=False,
+        recompute_granularity=settings.recompute.granularity,
+        recompute_method=settings.recompute.method,
+        recompute_num_layers=settings.recompute.num_layers,
+        gradient_accumulation_fusion=fused,
+        apply_rope_fusion=fused,
+        masked_softmax_fusion=fused,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def _block_spec(
+    config: TransformerConfig, architecture: Architecture, settings: ModelSettings, stage: int | None
+) -> Any:
+    if settings.transformer_engine:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm)
+    layer: ModuleSpec = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = ScaledDotProductAttention
+    if architecture.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    count = get_num_layers_to_build(config, vp_stage=stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+
+
+def scaled_inverse_frequencies(frequencies: Tensor, scaling: Llama3RopeScaling) -> Tensor:
+    """Llama 3's RoPE scaling of inverse frequencies [D/2].
+
+    Long wavelengths are divided by ``factor``, short ones kept, those between interpolated.
+    """
+    wavelengths = 2 * math.pi / frequencies
+    original = scaling.original_max_position_embeddings
+    longest, shortest = original / scaling.low_freq_factor, original / scaling.high_freq_factor
+    smooth = (original / wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    divided = torch.where(wavelengths > longest, frequencies / scaling.factor, frequencies)
+    blended = (1 - smooth) * divided / scaling.factor + smooth * divided
+    between = (wavelengths <= longest) & (wavelengths >= shortest)
+    return torch.where(between, blended, divided)

@@ -1,0 +1,1 @@
+"""Process groups, seeds, collectives and the pipeline schedule: everything that knows about ranks."""

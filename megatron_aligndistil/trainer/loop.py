@@ -1,0 +1,166 @@
+"""The training loop: batches, frozen passes, the policy's pass, the optimizer, hooks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from megatron_aligndistil.errors import TrainingError
+from megatron_aligndistil.parallel import groups
+from megatron_aligndistil.trainer.hooks import Hook
+from megatron_aligndistil.trainer.metrics import PhaseClock, Totals, WorldMetrics, peak_memory_gib
+from megatron_aligndistil.trainer.objective import Objective
+from megatron_aligndistil.trainer.optimizer import TrainedModel
+from megatron_aligndistil.types import Batch, LossOutput
+
+logger = logging.getLogger(__name__)
+
+
+class BatchSource(Protocol):
+    """Where micro-batches come from."""
+
+    steps_per_epoch: int
+    has_validation: bool
+
+    def step(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of optimizer step ``step`` (from 0): a pure function of the number."""
+
+    def validation(self) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of the validation set, a global batch at a time; may be empty lists."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """When the loop validates and stops."""
+
+    total_steps: int
+    val_check_interval: int
+    val_before_training: bool
+    val_after_training: bool
+    log_dir: Path
+
+
+class Trainer:
+    """Runs one algorithm on one policy. ``step`` counts finished optimizer steps."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        policy: TrainedModel,
+        source: BatchSource,
+        settings: LoopSettings,
+        hooks: Sequence[Hook],
+    ) -> None:
+        self.objective = objective
+        self.policy = policy
+        self.source = source
+        self.settings = settings
+        self.hooks = hooks
+        self.step = 0
+        self.device = next(policy.chunks[0].parameters()).device
+        self._world = WorldMetrics(self.device)
+        self._validated_at = -1
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with the current one's share."""
+        return self.step / self.source.steps_per_epoch
+
+    def fit(self) -> None:
+        """Train from ``self.step`` to the end.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite; the batch's origins are saved in the log folder.
+        """
+        try:
+            for hook in self.hooks:
+                hook.on_start(self)
+            if self.settings.val_before_training and self.step == 0:
+                self.validate()
+            while self.step < self.settings.total_steps:
+                self._fit_step()
+            if self.settings.val_after_training:
+                self.validate()
+            for hook in self.hooks:
+                hook.on_end(self)
+        finally:
+            for hook in self.hooks:
+                hook.close()
+
+    def _fit_step(self) -> None:
+        metrics = self.train_step()
+        self.step += 1
+        metrics["epoch"] = self.epoch
+        for hook in self.hooks:
+            hook.on_step(self, metrics)
+        interval = self.settings.val_check_interval
+        if interval and self.step % interval == 0:
+            self.validate()
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step; returns the world's metrics, the same on every rank."""
+        start, clock, totals = time.perf_counter(), PhaseClock(), Totals()
+        with clock.phase("data"):
+            batches = [batch.to(self.device) for batch in self.source.step(self.step)]
+        with clock.phase("frozen"):
+            annotations = self.objective.annotate(batches)
+        with clock.phase("forward_backward"):
+            for chunk in self.policy.wrapped:
+                chunk.train()
+            self.policy.zero_grad()
+            losses = self.objective.gradients(self.policy.wrapped, batches, annotations)
+            totals.add(losses, batches)
+            metrics = self._world.reduce("train", totals)
+        if not math.isfinite(metrics["loss"]):
+            self._stop_on_nonfinite("loss", metrics["loss"], batches, losses)
+        with clock.phase("optimizer"):
+            # The schedule's first step is number 1: warm-up must not spend a step at learning rate 0.
+            self.policy.scheduler.step(1)
+            lr = self.policy.optimizer.param_groups[0]["lr"]
+            _, grad_norm, _ = self.policy.optimizer.step()
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            self._stop_on_nonfinite("grad_norm", float(grad_norm), batches, losses)
+        seconds = time.perf_counter() - start
+        metrics |= clock.seconds
+        metrics |= {"lr": lr, "step_seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
+        metrics |= {"peak_memory_gib": peak_memory_gib()}
+        return metrics | ({} if grad_norm is None else {"grad_norm": float(grad_norm)})
+
+    def validate(self) -> dict[str, float]:
+        """Metrics over the validation set, without gradients; nothing where there is none or it was done at this step."""
+        if not self.source.has_validation or self._validated_at == self.step:
+            return {}
+        start, totals = time.perf_counter(), Totals()
+        for chunk in self.policy.wrapped:
+            chunk.eval()
+        for cpu_batches in self.source.validation():
+            batches = [batch.to(self.device) for batch in cpu_batches]
+            if batches:
+                totals.add(self.objective.evaluate(batches), batches)
+        metrics = self._world.reduce("validation", totals)
+        metrics["validation_seconds"] = time.perf_counter() - start
+        self._validated_at = self.step
+        for hook in self.hooks:
+            hook.on_validation(self, metrics)
+        return metrics
+
+    def _stop_on_nonfinite(self, what: str, value: float, batches: list[Batch], losses: list[LossOutput]) -> None:
+        folder = self.settings.log_dir / "nonfinite"
+        if groups.is_metrics_rank():
+            folder.mkdir(parents=True, exist_ok=True)
+            report = [
+                {"loss": float(loss.total), "count": loss.count, "origins": batch.origins}
+                for loss, batch in zip(losses, batches, strict=True)
+            ]
+            path = folder / f"step_{self.step + 1}_data_rank_{groups.data().rank}.json"
+            path.write_text(json.dumps({what: repr(value), "micro_batches": report}, indent=1))
+        raise TrainingError(
+            f"{what} is {value} at step {self.step + 1}: training stops before the weights are saved; the batch's rows "
+            f"are listed in {folder}; lower model.optim.lr, or resume from the last checkpoint without those rows"
+        )

@@ -1,0 +1,139 @@
+"""Hooks that report: a progress bar, ``metrics.jsonl``, TensorBoard, Weights & Biases. All act on rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from megatron_aligndistil.trainer.hooks import Hook, Metrics
+
+if TYPE_CHECKING:
+    from megatron_aligndistil.trainer.loop import Trainer
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+# What the bar shows beside rate and time left, where the algorithm has it.
+_BAR_METRICS = ("loss", "reward_accuracy", "expected_reward", "grad_norm", "tokens_per_second")
+# Seconds between two prints of the bar where nobody watches a terminal.
+_QUIET_INTERVAL = 15.0
+
+
+class ProgressBar(Hook):
+    """Steps, rate, time left and the main metrics."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._bar: tqdm | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._bar = tqdm(
+            total=trainer.settings.total_steps,
+            initial=trainer.step,
+            desc=self.name,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else _QUIET_INTERVAL,
+            dynamic_ncols=True,
+        )
+
+    def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix({k: f"{metrics[k]:.4g}" for k in _BAR_METRICS if k in metrics}, refresh=False)
+            self._bar.update()
+
+    def on_validation(self, trainer: Trainer, metrics: Metrics) -> None:
+        figures = ", ".join(f"{k} {v:.4g}" for k, v in sorted(metrics.items()) if not k.endswith("tokens"))
+        logger.info("validation at step %d: %s", trainer.step, figures)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class MetricsFile(Hook):
+    """One JSON object a line in ``metrics.jsonl``; a resumed run takes the place of the steps that it repeats."""
+
+    def __init__(self, log_dir: Path, every_n_steps: int) -> None:
+        self.path = log_dir / METRICS_FILE
+        self.every_n_steps = every_n_steps
+        self._file: IO[str] | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        kept = [line for line in _complete_lines(self.path) if trainer.step and json.loads(line)["step"] <= trainer.step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a", buffering=1)
+
+    def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
+        if trainer.step % self.every_n_steps == 0:
+            self._write({"step": trainer.step, "phase": "train", **metrics})
+
+    def on_validation(self, trainer: Trainer, metrics: Metrics) -> None:
+        self._write({"step": trainer.step, "phase": "validation", **metrics})
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(record) + "\n")
+
+
+def _complete_lines(path: Path) -> list[str]:
+    # A killed run may leave half a line at the end.
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+class TensorBoard(Hook):
+    """Scalars under ``train/`` and ``validation/``."""
+
+    def __init__(self, log_dir: Path, every_n_steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.every_n_steps = every_n_steps
+        self._writer = SummaryWriter(log_dir / "tensorboard")
+
+    def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
+        if trainer.step % self.every_n_steps == 0:
+            self._write("train", trainer.step, metrics)
+
+    def on_validation(self, trainer: Trainer, metrics: Metrics) -> None:
+        self._write("validation", trainer.step, metrics)
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write(self, phase: str, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"{phase}/{name}", value, step)
+
+
+class WeightsAndBiases(Hook):
+    """The same to Weights & Biases; ``settings`` are passed to ``wandb.init``."""
+
+    def __init__(self, log_dir: Path, name: str, settings: Mapping[str, Any], every_n_steps: int) -> None:
+        import wandb
+
+        self.every_n_steps = every_n_steps
+        self._run = wandb.init(dir=str(log_dir), **{"name": name, **settings})
+
+    def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
+        if trainer.step % self.every_n_steps == 0:
+            self._run.log({f"train/{name}": value for name, value in metrics.items()}, step=trainer.step)
+
+    def on_validation(self, trainer: Trainer, metrics: Metrics) -> None:
+        self._run.log({f"validation/{name}": value for name, value in metrics.items()}, step=trainer.step)
+
+    def close(self) -> None:
+        self._run.finish()
