@@ -7,7 +7,7 @@ several), T selected tokens, H hidden size, V true vocabulary size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 import numpy as np
@@ -95,8 +95,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same micro-batch with every tensor on ``device``."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Batch(**moved)
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
     @property
     def response_labels(self) -> Tensor:

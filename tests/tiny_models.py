@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 _BASE = {
     "hidden_size": 32,
@@ -23,7 +22,7 @@ _BASE = {
 }
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
-    "rope_theta": 1000.0,
+    "rope_theta": 300.0,  # one wavelength below, one between, two above the limits
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -47,12 +46,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def tiny_config(variant: str) -> Any:
     """The transformers config of a variant."""
+    import transformers  # here, so that ranks that import a test module don't wait for it
+
     family, own = VARIANTS[variant]
     return getattr(transformers, f"{family}Config")(**(_BASE | own))
 
 
 def tiny_model(variant: str, dtype: torch.dtype = torch.float32) -> Any:
     """A variant with weights that depend on nothing but its name."""
+    import transformers
+
     config = tiny_config(variant)
     model = getattr(transformers, f"{VARIANTS[variant][0]}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(list(VARIANTS).index(variant))

@@ -28,8 +28,8 @@ class Annotation:
 def aligndistil(config: AlignDistilRunConfig) -> Algorithm:
     """Minimise Σ_t β_t KL(π_θ ‖ softmax z*_t), teachers frozen.
 
-    With the contrastive reward z* = z_d + α_t (z_d - z_r) (Eq. 17). With the vanilla one the weight starts from the initial
-    model, z* = z_ref + α_t (z_d - z_ref) (Eq. 11): the same extrapolation from π_ref with the opposite sign.
+    With the contrastive reward z* = z_d + α_t (z_d - z_r) (Eq. 17). With the vanilla one the weight starts from the
+    initial model, z* = z_ref + α_t (z_d - z_ref) (Eq. 11): the same extrapolation from π_ref with the opposite sign.
     """
     settings, chunk_tokens = config.model.aligndistil, config.model.kernel.chunk_tokens
     contrastive = settings.reward == "contrastive"

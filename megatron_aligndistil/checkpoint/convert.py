@@ -202,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # conversion is copying: the host's memory is the larger one
     start = time.perf_counter()
     try:
+        kind_of(options.input)
         _check_world(layout)
         initialize(layout, _SEED, accelerator="cpu")
         receipt = convert(

@@ -65,6 +65,7 @@ def read_config(source: Path) -> Any:
 
 
 def _folder_config(folder: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     file = folder / CONFIG
@@ -75,8 +76,8 @@ def _folder_config(folder: Path) -> Any:
         # Before transformers reads it: that would look for code where it doesn't know the family.
         families.family_named(declared.get("model_type"), folder)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{file}: not a model config ({str(error).splitlines()[0]})") from error
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
+        raise CheckpointError(f"{file}: not a model config ({' '.join(str(error).split())})") from error
     if getattr(config, "quantization_config", None):
         raise CheckpointError(f"{file}: quantization_config is set; give unquantised weights, or GGUF")
     return config

@@ -75,7 +75,7 @@ class SafetensorsFolder:
         if index.is_file():
             try:
                 names = set(json.loads(index.read_text())["weight_map"].values())
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise CheckpointError(f"{index}: not a safetensors index ({error!r})") from error
             return sorted(self.origin / Path(name).name for name in names)
         if (self.origin / SINGLE).is_file():

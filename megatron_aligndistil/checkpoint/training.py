@@ -9,18 +9,26 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
+import queue
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_aligndistil.checkpoint import rng
@@ -29,6 +37,8 @@ from megatron_aligndistil.checkpoint.metadata import copy_metadata
 from megatron_aligndistil.checkpoint.weights import load_distributed, load_weights, model_state
 from megatron_aligndistil.config.schema import CheckpointCallbackConfig
 from megatron_aligndistil.errors import CheckpointError
+from megatron_aligndistil.parallel import collectives
+from megatron_aligndistil.parallel.lifetime import die_with
 from megatron_aligndistil.trainer.hooks import Hook, Metrics
 from megatron_aligndistil.trainer.loop import Trainer
 from megatron_aligndistil.trainer.optimizer import TrainedModel
@@ -61,6 +71,7 @@ class CheckpointHook(Hook):
         self.provenance = provenance
         self.settings = settings
         self._queue = AsyncCallsQueue()
+        self._manager = _collect_results(settings.async_save)
         self._saved_at = -1
 
     def on_start(self, trainer: Trainer) -> None:
@@ -84,11 +95,14 @@ class CheckpointHook(Hook):
 
     def close(self) -> None:
         self._queue.close()
+        if self._manager is not None:
+            self._manager.shutdown()
 
     def _save(self, trainer: Trainer) -> None:
         start = time.perf_counter()
         final = self.folder / f"step_{trainer.step:08d}"
-        partial = self.folder / f".{final.name}"
+        # Named anew each time: a writer that outlived a killed run may still write into its own.
+        partial = self.folder / collectives.from_first_rank(f".{final.name}.{uuid.uuid4().hex}")
         with write_errors(final):
             # Two saves at once would double the memory that they hold.
             self._queue.maybe_finalize_async_calls(blocking=True)
@@ -99,8 +113,7 @@ class CheckpointHook(Hook):
                 async_sharded_save=True,
                 validate_access_integrity=dist.get_world_size() > 1,
             )
-            scheduler = trainer.policy.scheduler.state_dict()
-            state = {"format": FORMAT, "step": trainer.step, "scheduler": scheduler, **vars(self.provenance)}
+            state = {"format": FORMAT, "step": trainer.step, **vars(self.provenance)}
             request.add_finalize_fn(lambda: self._finalize(partial, final, state))
             if self.settings.async_save:
                 self._queue.schedule_async_request(request)
@@ -136,6 +149,21 @@ class CheckpointHook(Hook):
             shutil.rmtree(hidden)
 
 
+def _collect_results(in_background: bool) -> SyncManager | None:
+    """Where Megatron-Core's writer processes put what they wrote.
+
+    Its own choice is a server process a rank that outlives a killed rank; this one doesn't. Writing in the foreground
+    needs none.
+    """
+    if not in_background:
+        filesystem_async._results_queue = queue.Queue()
+        return None
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager.start(die_with, (os.getpid(),))
+    filesystem_async._results_queue = manager.Queue()
+    return manager
+
+
 @contextlib.contextmanager
 def write_errors(folder: Path) -> Iterator[None]:
     """A failure to write, in this process or in the one that writes for it, as one line."""
@@ -143,8 +171,8 @@ def write_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, CheckpointingException, CheckpointException) as error:
         raise CheckpointError(
-            f"{folder}: cannot write the checkpoint: {error}; free space there, then resume from the last good one with "
-            "exp_manager.resume_if_exists=true"
+            f"{folder}: cannot write the checkpoint: {error}; free space there, then resume from the last good one "
+            "with exp_manager.resume_if_exists=true"
         ) from error
 
 
@@ -166,19 +194,54 @@ def resume(policy: TrainedModel, checkpoint: Path, provenance: Provenance) -> in
     for name, value in vars(provenance).items():
         if state.get(name) != value:
             raise CheckpointError(
-                f"{checkpoint / STATE}: {name} was {state.get(name)!r} when it was saved and is {value!r} now, so the run "
-                "cannot go on where it was; restore it, or start another run (exp_manager.name) with "
+                f"{checkpoint / STATE}: {name} was {state.get(name)!r} when it was saved and is {value!r} now, so the "
+                "run cannot go on where it was; restore it, or start another run (exp_manager.name) with "
                 f"model.restore_from_path={checkpoint}"
             )
     load_weights(policy.chunks, checkpoint)
+    adam = _torch_adam(policy.optimizer)
+    if adam is not None:
+        _create_adam_state(adam)
     target = {k: v for k, v in training_state(policy, loading=True).items() if k in ("optimizer", "rng")}
     same_ranks = state["world_size"] == dist.get_world_size()
     if not same_ranks:
         # Another number of ranks has other generators; nothing in training draws from them.
         del target["rng"]
     loaded = load_distributed(target, checkpoint / WEIGHTS)
-    policy.optimizer.load_state_dict(loaded["optimizer"])
-    policy.scheduler.load_state_dict(state["scheduler"])
+    _load_optimizer(policy.optimizer, loaded["optimizer"])
+    # The schedule is the configuration's; only its position is the checkpoint's.
+    policy.scheduler.step(state["step"])
     if same_ranks:
         rng.restore(loaded["rng"])
     return state["step"]
+
+
+def _torch_adam(optimizer: MegatronOptimizer) -> torch.optim.Adam | None:
+    """torch's Adam inside ``optimizer``; None where it is Transformer Engine's or Apex's."""
+    (dense,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    return dense.optimizer if isinstance(dense.optimizer, torch.optim.Adam) else None
+
+
+def _create_adam_state(adam: torch.optim.Adam) -> None:
+    """torch's Adam creates its state in its first step; the sharded optimizer must have it before it can load it."""
+    for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        adam.state[parameter] = {"step": torch.zeros(()), **zeros}
+
+
+def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Megatron-Core's sharded optimizer does not carry torch's step counts: they are handed to it, one a parameter."""
+    adam = _torch_adam(optimizer)
+    (dense,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    if adam is None or not isinstance(dense, DistributedOptimizer):
+        optimizer.load_state_dict(state)
+        return
+    step = torch.tensor(float(state["optimizer"]["param_groups"][0]["step"]))
+    settle = dense._set_main_param_and_optimizer_states
+    dense._set_main_param_and_optimizer_states = lambda parameter, tensors: settle(parameter, {**tensors, "step": step})
+    try:
+        optimizer.load_state_dict(state)
+    finally:
+        del dense._set_main_param_and_optimizer_states
+    for values in adam.state.values():
+        values["step"] = step.clone()  # else all share one counter, and each would advance it

@@ -6,6 +6,7 @@ The distributed checkpoint holds global tensors under global names, so it has no
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,11 @@ def save_distributed(state: dict[str, Any], folder: Path) -> None:
         dist.barrier()
         dist_checkpointing.save(state, str(folder))
     except (*_FAILURES, CheckpointException) as error:
-        raise CheckpointError(f"{folder}: cannot write the checkpoint: {_reason(error)}") from error
+        # A full disk shows as many different errors, or as none on the other ranks.
+        free = shutil.disk_usage(folder.parent.parent).free / 2**30  # the nearest that rank 0 does not remove
+        raise CheckpointError(
+            f"{folder}: cannot write the checkpoint: {_reason(error)}; {free:.2f} GiB are free there"
+        ) from error
 
 
 def load_distributed(state: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -150,4 +155,5 @@ def _reason(error: BaseException) -> str:
     causes: Iterator[BaseException] = iter([error])
     if isinstance(error, CheckpointException):
         causes = (failure[0] for failure in error.failures.values())
-    return next((line for cause in causes for line in str(cause).splitlines() if line.strip()), repr(error))
+    lines = (line for cause in causes for line in str(cause).splitlines() if line.strip())
+    return next(lines, "another process failed")

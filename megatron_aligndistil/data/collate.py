@@ -25,7 +25,8 @@ class MicroBatching:
     batching      "bucketed": ``micro_batch_size`` examples of about one length, a row for each sequence;
                   "packed": one row of at most ``pack_length`` tokens (before padding) that holds whole examples
     pad_multiple  the padded length of rows is a multiple of it: sequence parallelism scatters positions over ranks
-    n_multiple    the number of micro-batches is a multiple of it: the interleaved pipeline schedule needs that
+    n_multiple    the number of micro-batches is a multiple of it, and above 1 all of a rank have one shape:
+                  the interleaved pipeline schedule needs both
     """
 
     batching: str

@@ -25,7 +25,7 @@ from megatron_aligndistil.config.checks import check_model
 from megatron_aligndistil.config.compose import save_resolved
 from megatron_aligndistil.config.schema import ExpManagerConfig, RunConfig
 from megatron_aligndistil.data.collate import MicroBatching
-from megatron_aligndistil.data.examples import Coordination, load_examples
+from megatron_aligndistil.data.examples import Coordination, ExampleSet, load_examples
 from megatron_aligndistil.data.sampler import BatchSampler
 from megatron_aligndistil.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_aligndistil.errors import CheckpointError, ConfigError
@@ -48,7 +48,7 @@ from megatron_aligndistil.trainer.source import DatasetSource
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"64": torch.float64, "32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.bfloat16}
+DTYPES = {"64": torch.float64, "32": torch.float32, "bf16-mixed": torch.bfloat16}
 
 
 def run(config: RunConfig) -> None:
@@ -160,13 +160,14 @@ def _data(config: RunConfig, algorithm: Algorithm) -> tuple[DatasetSource, Prove
     tokenizer = load_tokenizer(str(metadata_source(model.restore_from_path)), model.data.chat_template)
     coordination = Coordination(is_builder=os.environ.get("LOCAL_RANK", "0") == "0", barrier=collectives.barrier)
 
-    def examples(split: str):  # noqa: ANN202
-        return load_examples(
+    def examples(split: str) -> ExampleSet:
+        loaded, _ = load_examples(
             model.data, split, algorithm.kind, tokenizer, model.encoder_seq_length, algorithm.transform, coordination
         )
+        return loaded
 
-    train, _ = examples("train")
-    validation = examples("validation")[0] if model.data.data_prefix.validation else None
+    train = examples("train")
+    validation = examples("validation") if model.data.data_prefix.validation else None
     sampler = BatchSampler(len(train), model.global_batch_size, model.seed, model.data.shuffle)
     logger.info("training: %s", sampler.line())
     source = DatasetSource(

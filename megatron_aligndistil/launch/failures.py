@@ -24,8 +24,16 @@ USER_ERROR = 2
 BUG = 1
 INTERRUPTED = 128 + signal.SIGINT
 
-# A rank that fails since a peer went away fails first where the peer is still unwinding: let the peer report.
+# A rank whose peer went away may report before the peer, which is still unwinding: wait for it, and rank it lower.
 _PEER_REPORT_SECONDS = 1.0
+_PEER_LOSS = (
+    "by peer",
+    "remote worker",
+    "remote process",
+    "Broken pipe",
+    "Socket Timeout",
+    "NCCL communicator was aborted",
+)
 # Without a store to ask, other ranks than 0 wait for the launcher to end them after rank 0 has printed.
 _RANK_0_REPORT_SECONDS = 3.0
 # A failed rank that hangs while Python or a communication library shuts down would keep the others waiting.
@@ -39,7 +47,13 @@ class Failure:
     rank: int
     seconds: float
     is_user_error: bool
+    is_peer_loss: bool
     text: str
+
+    @property
+    def explains_others(self) -> tuple[bool, bool, float]:
+        """Sorts the cause of the other failures first."""
+        return not self.is_user_error, self.is_peer_loss, self.seconds
 
 
 def one_line(error: BaseException) -> str:
@@ -70,7 +84,7 @@ def present(folder: Path, exit_codes: Mapping[int, int]) -> int:
     ``exit_codes`` maps ranks that failed to their exit codes, negative for a signal, as the launcher saw them.
     """
     failures = [Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("rank-*.json")]
-    failures.sort(key=lambda failure: (not failure.is_user_error, failure.seconds))
+    failures.sort(key=lambda failure: failure.explains_others)
     killed = {rank: -code for rank, code in exit_codes.items() if code < 0 and -code != signal.SIGTERM}
     if failures and failures[0].is_user_error:
         print(f"{PROGRAM}: error: {failures[0].text}", file=sys.stderr, flush=True)
@@ -83,8 +97,8 @@ def present(folder: Path, exit_codes: Mapping[int, int]) -> int:
         return BUG
     if failures:
         first, others = failures[0], len(failures) - 1
-        more = f"; {others} more ranks failed after it" if others else ""
-        print(f"{PROGRAM}: rank {first.rank} failed first{more}:\n{first.text}", file=sys.stderr, flush=True)
+        more = f", and {others} more with it" if others else ""
+        print(f"{PROGRAM}: rank {first.rank} failed{more}:\n{first.text}", file=sys.stderr, flush=True)
         return BUG
     codes = ", ".join(f"rank {rank} exited with {code}" for rank, code in sorted(exit_codes.items()))
     print(f"{PROGRAM}: {codes} and left no report", file=sys.stderr, flush=True)
@@ -94,9 +108,11 @@ def present(folder: Path, exit_codes: Mapping[int, int]) -> int:
 def _record(error: BaseException, rank: int, folder: Path) -> None:
     seconds = time.time()
     is_user_error = isinstance(error, UserError)
+    is_peer_loss = any(words in str(error) for words in _PEER_LOSS)
     text = one_line(error) if is_user_error else "".join(traceback.format_exception(error)).rstrip()
+    failure = Failure(rank, seconds, is_user_error, is_peer_loss, text)
     temporary = folder / f"{rank}.writing"
-    temporary.write_text(json.dumps(asdict(Failure(rank, seconds, is_user_error, text))), encoding="utf-8")
+    temporary.write_text(json.dumps(asdict(failure)), encoding="utf-8")
     os.replace(temporary, folder / f"rank-{rank}.json")
     if not is_user_error:
         time.sleep(_PEER_REPORT_SECONDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 
 _PACKAGE = "megatron_aligndistil"
 
@@ -23,3 +24,5 @@ def configure_logging(rank: int) -> None:
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     logging.getLogger(_PACKAGE).setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    # Every rank would print a dozen of Megatron-Core's on import; our own line says which implementations were chosen.
+    warnings.filterwarnings("ignore", r".*(Apex|Transformer Engine).* not installed", UserWarning, r"megatron\.core\.")

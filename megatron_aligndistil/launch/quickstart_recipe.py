@@ -73,7 +73,7 @@ TINY = Recipe(
     micro_batch=4,
     prompt_length=96,
     sequence_length=256,
-    learning_rate=1e-3,
+    learning_rate=3e-4,
     warmup_steps=2,
     max_new_tokens=32,
     precision="32",
@@ -129,6 +129,8 @@ def training_arguments(recipe: Recipe, folders: Folders, name: str, seed: int) -
     overrides: dict[str, object] = {
         "exp_manager.explicit_log_dir": folders.run(name),
         "exp_manager.create_tensorboard_logger": False,
+        # The exported model is all that is wanted of a run: nobody resumes it.
+        "exp_manager.create_checkpoint_callback": False,
         "exp_manager.checkpoint_callback_params.export_hf_on_train_end": True,
         "trainer.accelerator": "cpu",
         "trainer.devices": recipe.devices,
@@ -161,8 +163,8 @@ def _distillation(recipe: Recipe, folders: Folders) -> Mapping[str, object]:
         "trainer.max_epochs": recipe.distillation_epochs,
         "trainer.val_before_training": True,
         "model.data.responses": "chosen",
-        "model.aligndistil.dpo_path": folders.run("dpo"),
-        "model.aligndistil.reverse_dpo_path": folders.run("reverse_dpo"),
+        "model.aligndistil.dpo_path": folders.exported("dpo"),
+        "model.aligndistil.reverse_dpo_path": folders.exported("reverse_dpo"),
         "model.aligndistil.beta0": recipe.beta,
         "model.aligndistil.alpha": recipe.alpha,
         "model.aligndistil.epsilon": recipe.epsilon,

@@ -5,7 +5,6 @@ torch is imported only where ranks are started.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import re
@@ -22,11 +21,11 @@ from pathlib import Path
 from megatron_aligndistil.config.schema import RunConfig
 from megatron_aligndistil.errors import ConfigError
 from megatron_aligndistil.launch import failures
+from megatron_aligndistil.parallel.lifetime import die_with
 
 logger = logging.getLogger(__name__)
 
 _LAUNCHER_PID = "ALIGNDISTIL_LAUNCHER_PID"
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def entered(placement: Placement, config: RunConfig) -> Iterator[None]:
             f"{placement.launcher} started {placement.world_size}; change the keys or the launcher's number"
         )
     if _LAUNCHER_PID in os.environ:
-        _die_with(int(os.environ[_LAUNCHER_PID]))
+        die_with(int(os.environ[_LAUNCHER_PID]))
     with _environment({**placement.variables, "LOCAL_WORLD_SIZE": str(trainer.devices)}):
         yield
 
@@ -204,12 +203,3 @@ def _silence(parent: logging.Logger) -> None:
     """The agent logs a failed rank at length; ``failures`` says it in its place."""
     parent.propagate = False
     parent.handlers[:] = [logging.NullHandler()]
-
-
-def _die_with(launcher: int) -> None:
-    """Ask Linux to kill this rank when the launcher dies, even of SIGKILL: no orphan may write on into a run."""
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:  # it had died before
-        os._exit(failures.BUG)

@@ -43,7 +43,9 @@ def response_hidden_states(hidden_SBH: Tensor, batch: Batch, sequence_parallel: 
     reduce (or, under sequence parallelism, reduce-scatter) that gradient.
     """
     if sequence_parallel:
-        hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=True)
+        hidden_BSH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=True).transpose(0, 1)
     else:
-        hidden_SBH = copy_to_tensor_model_parallel_region(hidden_SBH)
-    return hidden_SBH.transpose(0, 1)[batch.loss_mask]
+        # Transposed first: Megatron-Core's backward reduces a copy of a gradient that isn't contiguous, and returns the
+        # gradient itself, unreduced.
+        hidden_BSH = copy_to_tensor_model_parallel_region(hidden_SBH.transpose(0, 1))
+    return hidden_BSH[batch.loss_mask]

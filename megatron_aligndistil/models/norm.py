@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the mark by which Megatron-Core sums the weight's gradient over a sequence-parallel group."""
+    """torch's RMSNorm, marked so that Megatron-Core sums the weight's gradient over a sequence-parallel group."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **unused: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)

@@ -88,7 +88,7 @@ def build_chunks(architecture: Architecture, settings: ModelSettings) -> list[Hi
             post_process=groups.is_last_stage() and index == last_chunk,
             share_embeddings_and_output_weights=architecture.tied_embeddings,
             position_embedding_type="rope",
-            rotary_base=architecture.rope_theta,  # type: ignore[arg-type]
+            rotary_base=architecture.rope_theta,
             vp_stage=stage,
         )
         chunk.architecture = architecture
@@ -128,8 +128,8 @@ def transformer_config(architecture: Architecture, settings: ModelSettings) -> T
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
         # Rows are padded to their micro-batch's longest, so stages must tell each other the shape.
-        # With chunks interleaved they can't, and micro-batches have one shape (data.collate); with two stages each is the
-        # other's next and previous, which only unbatched sends tell apart.
+        # With chunks interleaved they can't, and micro-batches have one shape (data.collate); with two stages each is
+        # the other's next and previous, which only unbatched sends tell apart.
         variable_seq_lengths=layout.pipeline > 1 and not layout.virtual_pipeline,
         overlap_p2p_comm=layout.virtual_pipeline is not None,
         batch_p2p_comm=layout.virtual_pipeline is None,

@@ -16,8 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
 
-_installed = False
-
 
 class InertStream:
     """Stands for ``torch.cuda.Stream``: CPU work is already in order."""
@@ -92,11 +90,9 @@ def _inert_function() -> Callable[..., None]:
 
 def install() -> None:
     """Let Megatron-Core run on the CPU. Does nothing where CUDA is present, or the second time."""
-    global _installed
-    if _installed or torch.cuda.is_available():
-        return
-    _installed = True
     cuda: Any = torch.cuda
+    if cuda.Stream is InertStream or torch.cuda.is_available():
+        return
     cuda.current_device = lambda: CPU
     cuda.Stream, cuda.Event = InertStream, InertEvent
     cuda.stream = _inert_context

@@ -133,7 +133,7 @@ class Trainer:
         return metrics | ({} if grad_norm is None else {"grad_norm": float(grad_norm)})
 
     def validate(self) -> dict[str, float]:
-        """Metrics over the validation set, without gradients; nothing where there is none or it was done at this step."""
+        """Metrics over the validation set, without gradients; empty where there is none or it was just done."""
         if not self.source.has_validation or self._validated_at == self.step:
             return {}
         start, totals = time.perf_counter(), Totals()

@@ -53,10 +53,8 @@ def wrap(chunks: Sequence[HiddenStateModel], distributed_optimizer: bool) -> lis
     return wrapped
 
 
-def prepare(
-    chunks: Sequence[HiddenStateModel], optim: OptimConfig, clip_grad: float, total_steps: int
-) -> TrainedModel:
-    """DDP, optimizer and schedule for ``chunks``, whose weights are loaded already (the fp32 copies start from them)."""
+def prepare(chunks: Sequence[HiddenStateModel], optim: OptimConfig, clip_grad: float, total_steps: int) -> TrainedModel:
+    """DDP, optimizer and schedule for ``chunks``, whose weights are loaded: the fp32 copies start from them."""
     distributed = optim.name == "distributed_fused_adam"
     wrapped = wrap(chunks, distributed)
     bf16 = chunks[0].config.params_dtype is torch.bfloat16

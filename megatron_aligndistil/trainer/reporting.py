@@ -66,7 +66,9 @@ class MetricsFile(Hook):
         self._file: IO[str] | None = None
 
     def on_start(self, trainer: Trainer) -> None:
-        kept = [line for line in _complete_lines(self.path) if trainer.step and json.loads(line)["step"] <= trainer.step]
+        kept = [
+            line for line in _complete_lines(self.path) if trainer.step and json.loads(line)["step"] <= trainer.step
+        ]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         os.replace(temporary, self.path)

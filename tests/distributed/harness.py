@@ -1,8 +1,8 @@
 """Runs a function on several gloo ranks of this machine: ``run_ranks(4, function, *args)``.
 
-Ranks are forked from a server that has already imported torch (and megatron-core where there is no GPU), so that a rank
-starts in milliseconds. A run that outlasts its time is killed with everything that it started, and the error names what
-each rank was doing.
+Ranks are forked from a server that has already imported torch, and where there is no GPU the package and
+megatron-core too, so that a rank starts in milliseconds. A run that outlasts its time is killed with everything that it
+started, and the error names what each rank was doing.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     modules = ["torch", "torch.distributed"]
     if not torch.cuda.is_available():  # with a GPU, importing megatron may initialise CUDA, which must not be forked
-        modules.append("megatron.core.models.gpt")
+        modules.append("megatron_aligndistil.launch.assemble")
     context.set_forkserver_preload(modules)
     return context
 

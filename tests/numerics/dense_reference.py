@@ -142,7 +142,7 @@ class Distillation:
 def aligndistil(
     weights: Weights, dpo_model: Weights, other: Weights, shape: Shape, responses: list[Response], how: Distillation
 ) -> Tensor:
-    """Eq. 16-19 (``other`` is the reverse DPO model), or Eq. 11's form where the reward is vanilla (``other`` is π_ref)."""
+    """Eq. 16-19 (``other`` is the reverse DPO model), or Eq. 11 where the reward is vanilla (``other`` is π_ref)."""
     losses = []
     for response in responses:
         z_d = response_logits(dpo_model, shape, response).detach()

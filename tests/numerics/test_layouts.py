@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_aligndistil.parallel.setup import Layout
 from megatron_aligndistil.types import Example
 from tests.distributed.harness import run_ranks
 from tests.numerics import dense_reference as dense
@@ -16,7 +17,6 @@ from tests.numerics.sharded import (
     Answer,
     Case,
     Job,
-    loss_and_gradient,
     losses_and_gradients,
     random_sequence,
     save_random_model,
@@ -53,7 +53,13 @@ FP32_CASES = [
 DISTILL: dict[str, Any] = {"alpha": 3.0, "epsilon": 1e-2, "beta0": 0.1, "normalize_by_length": True}
 MODES: dict[str, dict[str, Any]] = {
     "adaptive": {**DISTILL, "reward": "contrastive", "weight": "adaptive", "tvd_scale": 1.0},
-    "authors": {**DISTILL, "reward": "contrastive", "weight": "adaptive", "tvd_scale": 2.0, "normalize_by_length": False},
+    "authors": {
+        **DISTILL,
+        "reward": "contrastive",
+        "weight": "adaptive",
+        "tvd_scale": 2.0,
+        "normalize_by_length": False,
+    },
     "constant": {**DISTILL, "reward": "contrastive", "weight": "constant", "tvd_scale": 1.0},
     "vanilla": {**DISTILL, "reward": "vanilla", "weight": "adaptive", "tvd_scale": 1.0},
     "vanilla_constant": {**DISTILL, "reward": "vanilla", "weight": "constant", "tvd_scale": 1.0},
@@ -79,7 +85,8 @@ class World:
         self.shape = dense.Shape(LAYERS, 8, 4, 4, config.rms_norm_eps, 10000.0)
         self.path = {name: str(folder / name) for name in ("policy", "dpo", "reverse", "initial")}
         self.weights = {
-            name: save_random_model(Path(path), config, seed, 0.25) for seed, (name, path) in enumerate(self.path.items())
+            name: save_random_model(Path(path), config, seed, 0.25)
+            for seed, (name, path) in enumerate(self.path.items())
         }
         rng = np.random.default_rng(7)
         self.singles = [Example(f"s:{i}", (random_sequence(rng, VOCAB_SIZE),)) for i in range(8)]
@@ -127,19 +134,20 @@ IN_FLOAT32 = [(name, case) for case in FP32_CASES for name in ("sft", "dpo", "ad
 
 
 class Answers:
-    """The sharded answers, computed for all cases of a world size in one start of its ranks."""
+    """The sharded answers, computed for all cases of a layout in one start of its ranks."""
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._by_size: dict[int, dict[tuple[str, str], Answer]] = {}
+        self._by_layout: dict[tuple[int, Layout], dict[tuple[str, str], Answer]] = {}
 
     def of(self, name: str, case: Case) -> Answer:
-        if case.world not in self._by_size:
-            work = [pair for pair in EVERY_LAYOUT + EVERY_MODE + IN_FLOAT32 if pair[1].world == case.world]
+        key = case.world, case.layout
+        if key not in self._by_layout:
+            work = [(n, c) for n, c in EVERY_LAYOUT + EVERY_MODE + IN_FLOAT32 if (c.world, c.layout) == key]
             jobs = [(self.world.job(name), case) for name, case in work]
-            answers = run_ranks(case.world, losses_and_gradients, jobs, timeout_seconds=400)[0]
-            self._by_size[case.world] = {(n, str(c)): answer for (n, c), answer in zip(work, answers, strict=True)}
-        return self._by_size[case.world][name, str(case)]
+            answers = run_ranks(case.world, losses_and_gradients, jobs, timeout_seconds=120)[0]
+            self._by_layout[key] = {(n, str(c)): answer for (n, c), answer in zip(work, answers, strict=True)}
+        return self._by_layout[key][name, str(case)]
 
     def relative_errors(self, name: str, case: Case) -> tuple[float, float]:
         """Relative error of the loss, and of the gradient in the 2-norm over all weights."""
@@ -190,7 +198,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(answers: Ans
     # π_d = π_r leaves z* = z_d, so the student that is π_d as well is at the optimum.
     same = dict.fromkeys(("dpo_path", "reverse_dpo_path", "initial_path"), job.model)
     job = Job("aligndistil", {**job.section, **same}, job.model, job.examples)
-    metrics, gradient = run_ranks(4, loss_and_gradient, job, Case(tensor=2, pipeline=2, world=4))[0]
+    metrics, gradient = run_ranks(4, losses_and_gradients, [(job, Case(tensor=2, pipeline=2, world=4))])[0][0]
     assert abs(metrics["loss"]) <= 1e-12
     assert max(float(tensor.abs().max()) for tensor in gradient.values()) <= 1e-12
     assert metrics["beta_max"] == pytest.approx(0.1 / 1e-2)

@@ -34,9 +34,7 @@ def family_named(model_type: object, origin: object) -> Family:
         CheckpointError: ``model_type`` is none of ours.
     """
     if model_type not in FAMILIES:
-        raise CheckpointError(
-            f"{origin}: model_type={model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
-        )
+        raise CheckpointError(f"{origin}: model_type={model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[str(model_type)]
 
 

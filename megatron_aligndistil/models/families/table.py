@@ -48,9 +48,7 @@ def _layer(parameter: str, rule: Rule, **parts: tuple[str, ...]) -> Entry:
     return Entry(f"decoder.layers.{LAYER}.{parameter}", rule, named)
 
 
-EMBEDDING = Entry(
-    "embedding.word_embeddings.weight", VOCAB, (("model.embed_tokens.weight", ("vocab", "hidden")),)
-)
+EMBEDDING = Entry("embedding.word_embeddings.weight", VOCAB, (("model.embed_tokens.weight", ("vocab", "hidden")),))
 HEAD = Entry("output_layer.weight", VOCAB, (("lm_head.weight", ("vocab", "hidden")),))
 
 DECODER: Table = (

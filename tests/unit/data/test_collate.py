@@ -62,12 +62,28 @@ def test_every_example_is_seen_once_and_rightly(examples: list[Example], how: Mi
     for rank in range(data_size):
         mine = micro_batches(examples, rank, data_size, how)
         assert len(mine) % how.n_multiple == 0
+        if how.n_multiple > 1:
+            check_one_shape(mine, how)
         per_rank.append(sum(len(batch.origins) for batch in mine))
         for batch in mine:
             seen += batch.origins
             check_batch(batch, [by_origin[o] for o in batch.origins], how)
     assert sorted(seen) == sorted(by_origin)
     assert max(per_rank) - min(per_rank) <= 1
+
+
+def check_one_shape(batches: list[Batch], how: MicroBatching) -> None:
+    """All as large as the largest needs to be, and no larger."""
+    assert len({batch.tokens.shape for batch in batches}) <= 1
+    packed = how.batching == "packed"
+    needs = []
+    for batch in batches:
+        lengths = [int((batch.sequence_ids == n).sum()) for n in range(batch.n_sequences)] or [1]
+        needs.append((1, sum(lengths)) if packed else (len(lengths), max(lengths)))
+    if batches:
+        rows, length = batches[0].tokens.shape
+        assert rows == max(rows for rows, _ in needs)
+        assert 0 <= length - max(length for _, length in needs) < how.pad_multiple
 
 
 def check_batch(batch: Batch, examples: list[Example], how: MicroBatching) -> None:
@@ -88,14 +104,18 @@ def check_batch(batch: Batch, examples: list[Example], how: MicroBatching) -> No
         check_pieces(batch, sequences, how)
     else:
         assert batch.cu_seqlens is None and batch.max_seqlen == 0
-        assert len(examples) <= how.micro_batch_size and batch.tokens.shape[0] == max(1, len(sequences))
+        assert len(examples) <= how.micro_batch_size
+        if how.n_multiple == 1:
+            assert batch.tokens.shape[0] == len(sequences)
+            assert batch.tokens.shape[1] - max(s.length for s in sequences) < how.pad_multiple
 
 
 def check_pieces(batch: Batch, sequences: list[Sequence], how: MicroBatching) -> None:
     assert batch.tokens.shape[0] == 1 and batch.cu_seqlens is not None and batch.cu_seqlens.dtype == torch.int32
     total = sum(s.length for s in sequences)
     assert total <= how.pack_length
-    assert batch.tokens.shape[1] - total < how.pad_multiple or not sequences
+    if how.n_multiple == 1:
+        assert batch.tokens.shape[1] - total < how.pad_multiple
     pieces = batch.cu_seqlens.diff().tolist()
     lengths = [s.length for s in sequences]
     assert pieces[: len(lengths)] == lengths and len(pieces) - len(lengths) in (0, 1) and all(pieces)

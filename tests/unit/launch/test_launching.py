@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,24 @@ import pytest
 from tests.unit.launch.rank import RANKS
 
 ROOT = Path(__file__).resolve().parents[3]
-PATIENCE = 60.0  # seconds; each takes two to six
+PATIENCE = 200.0  # seconds; each takes three to eight on a machine that does nothing else
 
 
-def start(how: str, folder: Path) -> subprocess.Popen[str]:
-    keep = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
-    environment = {name: value for name, value in os.environ.items() if name not in keep}
-    command = [sys.executable, "-m", "tests.unit.launch.rank", how, str(folder)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    processes = []
+
+    def run(how: str) -> subprocess.Popen[str]:
+        keep = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
+        environment = {name: value for name, value in os.environ.items() if name not in keep}
+        command = [sys.executable, "-m", "tests.unit.launch.rank", how, str(tmp_path)]
+        processes.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment))
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def wait_for(condition, what: str) -> None:
@@ -52,16 +63,16 @@ def started(folder: Path) -> list[int]:
         ("killed", 1, "aligndistil: rank 1 was ended by SIGKILL (memory ran out, or someone killed it)\n"),
     ],
 )
-def test_what_the_user_sees(tmp_path, how, code, expected):
-    process = start(how, tmp_path)
+def test_what_the_user_sees(tmp_path, start, how, code, expected):
+    process = start(how)
     _, printed = process.communicate(timeout=PATIENCE)
     assert (process.returncode, printed) == (code, expected)
     cores = len(os.sched_getaffinity(0))
     assert {path.read_text().split()[1] for path in tmp_path.iterdir()} == {str(max(1, cores // RANKS))}
 
 
-def test_a_bug_keeps_the_traceback_of_the_rank_that_has_it(tmp_path):
-    process = start("bug in a collective", tmp_path)
+def test_a_bug_keeps_the_traceback_of_the_rank_that_has_it(start):
+    process = start("bug in a collective")
     _, printed = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "ZeroDivisionError: rank 1's bug" in printed
@@ -69,8 +80,8 @@ def test_a_bug_keeps_the_traceback_of_the_rank_that_has_it(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_no_rank_outlives_the_launcher(tmp_path, number):
-    process = start("waits", tmp_path)
+def test_no_rank_outlives_the_launcher(tmp_path, start, number):
+    process = start("waits")
     wait_for(lambda: len(started(tmp_path)) == RANKS or process.poll() is not None, "the ranks have not started")
     assert process.poll() is None, process.communicate()
     process.send_signal(number)

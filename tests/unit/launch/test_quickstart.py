@@ -127,7 +127,7 @@ def test_other_values_in_hydras_grammar(value: object, text: str) -> None:
 @pytest.mark.parametrize("name", ["dpo", "reverse_dpo", "aligndistil"])
 def test_the_commands_are_valid_runs(recipe: Recipe, name: str, tmp_path: Path) -> None:
     folders = Folders(tmp_path / "an odd, folder")
-    for path in (folders.initial, folders.run("dpo"), folders.run("reverse_dpo")):
+    for path in (folders.initial, folders.exported("dpo"), folders.exported("reverse_dpo")):
         path.mkdir(parents=True)
     write_pairs(train_pairs(recipe.train_pairs, seed=1), folders.train)
     write_pairs(heldout_pairs(recipe.questions_per_topic, seed=1), folders.heldout)
@@ -144,7 +144,7 @@ def test_the_commands_are_valid_runs(recipe: Recipe, name: str, tmp_path: Path) 
     assert config.model.optim.lr == recipe.learning_rate
     assert config.trainer.devices == recipe.devices
     if isinstance(config, AlignDistilRunConfig):
-        assert config.model.aligndistil.dpo_path == str(folders.run("dpo"))
+        assert config.model.aligndistil.dpo_path == str(folders.exported("dpo"))
         assert config.model.aligndistil.alpha == 20.0
 
 

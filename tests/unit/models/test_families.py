@@ -57,7 +57,7 @@ def test_architecture_is_the_configs(variant):
     assert architecture.qk_norm == variant.startswith("qwen3")
     scaling = Llama3RopeScaling(8.0, 1.0, 4.0, 32) if variant == "llama3-rope" else None
     assert architecture.rope_scaling == scaling
-    assert architecture.rope_theta == (1000.0 if scaling else 10000.0)
+    assert architecture.rope_theta == (300.0 if scaling else 10000.0)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,12 @@ def test_architecture_is_the_configs(variant):
         ("qwen3", "attention_bias", True, "attention_bias=True"),
         ("qwen2", "layer_types", ["full_attention", "sliding_attention"] * 2, "use_sliding_window"),
         ("qwen2", "rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, "rope_type='yarn'"),
-        ("llama-tied", "rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, "rope_type='linear'"),
+        (
+            "llama-tied",
+            "rope_parameters",
+            {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+            "rope_type='linear'",
+        ),
         (
             "llama-tied",
             "rope_parameters",
@@ -118,7 +123,9 @@ def test_a_tied_head_is_the_embedding_and_an_untied_one_its_own():
     head_dim=st.sampled_from([2, 6]),
     bias=st.booleans(),
 )
-def test_qkv_holds_each_groups_queries_then_its_key_then_its_value(size, groups_per_rank, heads_per_group, head_dim, bias):
+def test_qkv_holds_each_groups_queries_then_its_key_then_its_value(
+    size, groups_per_rank, heads_per_group, head_dim, bias
+):
     groups = size * groups_per_rank
     columns = () if bias else (3,)
     query = torch.randn(groups * heads_per_group * head_dim, *columns)
