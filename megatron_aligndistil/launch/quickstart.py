@@ -109,8 +109,12 @@ def _prepare(recipe: Recipe, folders: Folders, stages: Stages, source: Path | No
 
     stages.work("data", f"Preference pairs: the chosen answer {PROPERTY}", write)
     if source is None:
+        import torch
+
         from megatron_aligndistil.launch.quickstart_tiny import make_tiny_model
 
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
         stages.work(
             "make",
             "A random Qwen2-shaped model that learns the language of the answers",

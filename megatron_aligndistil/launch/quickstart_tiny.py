@@ -52,12 +52,7 @@ def make_tiny_model(folder: Path, pairs: Sequence[Pair], seed: int) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen2ForCausalLM(config)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more only wait for each other on matrices this small
-    try:
-        loss = _teach_language(model, tokenizer, pairs, seed)
-    finally:
-        torch.set_num_threads(threads)
+    loss = _teach_language(model, tokenizer, pairs, seed)
     logger.info("%.2f M parameters, cross-entropy %.2f nats a token", model.num_parameters() / 1e6, loss)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

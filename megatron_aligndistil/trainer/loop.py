@@ -83,9 +83,10 @@ class Trainer:
                 hook.on_start(self)
             if self.settings.val_before_training and self.step == 0:
                 self.validate()
+            ended_before = self.step >= self.settings.total_steps > 0
             while self.step < self.settings.total_steps:
                 self._fit_step()
-            if self.settings.val_after_training:
+            if self.settings.val_after_training and not ended_before:
                 self.validate()
             for hook in self.hooks:
                 hook.on_end(self)

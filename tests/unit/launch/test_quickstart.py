@@ -145,7 +145,7 @@ def test_the_commands_are_valid_runs(recipe: Recipe, name: str, tmp_path: Path) 
     assert config.trainer.devices == recipe.devices
     if isinstance(config, AlignDistilRunConfig):
         assert config.model.aligndistil.dpo_path == str(folders.exported("dpo"))
-        assert config.model.aligndistil.alpha == 20.0
+        assert config.model.aligndistil.alpha == recipe.alpha
 
 
 @pytest.mark.parametrize(
