@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_aligndistil.checkpoint import rng
 from megatron_aligndistil.checkpoint.locate import CHECKPOINTS, FORMAT, METADATA, STATE, WEIGHTS, read_state
 from megatron_aligndistil.checkpoint.metadata import copy_metadata
-from megatron_aligndistil.checkpoint.weights import load_distributed, load_weights, model_state
+from megatron_aligndistil.checkpoint.weights import load_distributed, load_weights, model_state, reason
 from megatron_aligndistil.config.schema import CheckpointCallbackConfig
 from megatron_aligndistil.errors import CheckpointError
 from megatron_aligndistil.parallel import collectives
@@ -171,8 +171,8 @@ def write_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, CheckpointingException, CheckpointException) as error:
         raise CheckpointError(
-            f"{folder}: cannot write the checkpoint: {error}; free space there, then resume from the last good one "
-            "with exp_manager.resume_if_exists=true"
+            f"{folder}: cannot write the checkpoint: {reason(error)}; free space there, then resume from the last "
+            "good one with exp_manager.resume_if_exists=true"
         ) from error
 
 

@@ -102,7 +102,7 @@ def save_distributed(state: dict[str, Any], folder: Path) -> None:
         # A full disk shows as many different errors, or as none on the other ranks.
         free = shutil.disk_usage(folder.parent.parent).free / 2**30  # the nearest that rank 0 does not remove
         raise CheckpointError(
-            f"{folder}: cannot write the checkpoint: {_reason(error)}; {free:.2f} GiB are free there"
+            f"{folder}: cannot write the checkpoint: {reason(error)}; {free:.2f} GiB are free there"
         ) from error
 
 
@@ -116,7 +116,7 @@ def load_distributed(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(state, str(folder))
     except (*_FAILURES, CheckpointException) as error:
-        raise CheckpointError(f"{folder}: cannot read the checkpoint: {_reason(error)}") from error
+        raise CheckpointError(f"{folder}: cannot read the checkpoint: {reason(error)}") from error
 
 
 def _load_in_place(state: dict[str, Any], folder: Path) -> None:
@@ -150,7 +150,7 @@ def _clear_padding(chunks: Sequence[HiddenStateModel]) -> None:
             placed.parameter[max(0, vocab_size - first) :] = 0
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first line that says something of an error that may hold one a rank."""
     causes: Iterator[BaseException] = iter([error])
     if isinstance(error, CheckpointException):

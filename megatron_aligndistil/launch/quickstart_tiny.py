@@ -28,7 +28,7 @@ PRETRAIN_STEPS = 150
 PRETRAIN_BATCH = 4
 PRETRAIN_LR = 4e-3
 # The share of answers with the property among those that the language is learnt from.
-WARM_SHARE = 0.1
+WARM_SHARE = 0.2
 IGNORED = -100  # transformers' label of a position without loss
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_aligndistil.models.policy import HiddenStateModel
-from megatron_aligndistil.parallel import groups
+from megatron_aligndistil.parallel import context, groups
 from megatron_aligndistil.types import Batch, VocabHead
 
 
@@ -43,9 +43,9 @@ def response_hidden_states(hidden_SBH: Tensor, batch: Batch, sequence_parallel: 
     reduce (or, under sequence parallelism, reduce-scatter) that gradient.
     """
     if sequence_parallel:
-        hidden_BSH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=True).transpose(0, 1)
-    else:
-        # Transposed first: Megatron-Core's backward reduces a copy of a gradient that isn't contiguous, and returns the
-        # gradient itself, unreduced.
-        hidden_BSH = copy_to_tensor_model_parallel_region(hidden_SBH.transpose(0, 1))
-    return hidden_BSH[batch.loss_mask]
+        hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=True)
+        return context.gather_positions(hidden_SBH).transpose(0, 1)[batch.loss_mask]
+    # Transposed first: Megatron-Core's backward reduces a copy of a gradient that isn't contiguous, and returns the
+    # gradient itself, unreduced.
+    hidden_BSH = context.gather_positions(hidden_SBH).transpose(0, 1)
+    return copy_to_tensor_model_parallel_region(hidden_BSH)[batch.loss_mask]

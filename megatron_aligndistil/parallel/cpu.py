@@ -69,6 +69,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             return args[0]
         if _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if function is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
             args = (args[0], CPU, *args[2:])
         result = function(*args, **kwargs)

@@ -43,9 +43,9 @@ def world() -> Axis:
     return Axis(dist.group.WORLD, dist.get_rank(), dist.get_world_size())  # type: ignore[arg-type]
 
 
-def virtual_pipeline_size() -> int | None:
-    """Model chunks a pipeline stage holds; None without interleaving."""
-    return parallel_state.get_virtual_pipeline_model_parallel_world_size()
+def context() -> Axis:
+    """The ranks that hold parts of the same rows."""
+    return _axis(parallel_state.get_context_parallel_group())
 
 
 def is_first_stage() -> bool:
@@ -60,13 +60,8 @@ def is_last_stage() -> bool:
 
 
 def is_metrics_rank() -> bool:
-    """Whether this rank's losses speak for its replica: last stage, first tensor rank."""
-    return is_last_stage() and tensor().rank == 0
-
-
-def last_stage_global_rank() -> int:
-    """Global rank of this replica's last pipeline stage (same tensor rank)."""
-    return parallel_state.get_pipeline_model_parallel_last_rank()
+    """Whether this rank's losses speak for its replica: last stage, first tensor rank, first context rank."""
+    return is_last_stage() and tensor().rank == 0 and context().rank == 0
 
 
 def _axis(group: ProcessGroup) -> Axis:

@@ -14,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
+from megatron_aligndistil.parallel import context
 from megatron_aligndistil.types import Batch, LossOutput
 
 Kept = TypeVar("Kept")
@@ -60,7 +61,8 @@ def _run(
 ) -> list[Any]:
     def step(batch_iterator: Iterator[tuple[int, Batch]], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         index, batch = next(batch_iterator)
-        hidden = model(batch.tokens, batch.position_ids, None, packed_seq_params=packed_seq_params(batch))
+        tokens, position_ids = context.own_columns(batch.tokens), context.own_columns(batch.position_ids)
+        hidden = model(tokens, position_ids, None, packed_seq_params=packed_seq_params(batch))
         return hidden, lambda output, **flags: on_last_stage(index, output, **flags)
 
     longest = max(batch.tokens.shape[1] for batch in batches)

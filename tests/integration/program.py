@@ -98,30 +98,42 @@ def write_pairs(path: Path, rows: int, seed: int = 0) -> Path:
     return path
 
 
-def write_model(folder: Path, seed: int, vocabulary: list[str] = WORDS, **sizes: int) -> Path:
-    """A random Qwen2-shaped model with a word tokenizer and a chat template, as a Hugging Face folder."""
+def write_model(folder: Path, seed: int, words: list[str] = WORDS) -> Path:
+    """A random Qwen2-shaped model with a byte-level tokenizer learnt from ``words`` and a chat template."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-    tokens = ["<pad>", "<eos>", "<user>", "<assistant>", "<unk>", *vocabulary]
-    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "<eos>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([" ".join(words)], trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token="<eos>",
         pad_token="<pad>",
-        unk_token="<unk>",
         chat_template=(
-            "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <eos> {% endfor %}"
-            "{% if add_generation_prompt %}<assistant> {% endif %}"
+            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}"
+            "{% if add_generation_prompt %}assistant: {% endif %}"
         ),
     )
     torch.manual_seed(seed)
-    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
     config = Qwen2Config(
-        vocab_size=len(tokens), eos_token_id=1, pad_token_id=0, bos_token_id=None, **{**shape, **sizes}
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.program import WORDS, Finished, records, run, write_model, write_pairs
+from tests.integration.program import Finished, records, run, write_model, write_pairs
 
 
 class Setting:
@@ -30,8 +30,8 @@ class Setting:
             "model.data.cache_dir": self.folder / "cache",
             "exp_manager.explicit_log_dir": log_dir,
             "exp_manager.checkpoint_callback_params.async_save": "false",
-            "model.encoder_seq_length": 64,
-            "model.data.max_prompt_length": 32,
+            "model.encoder_seq_length": 192,
+            "model.data.max_prompt_length": 96,
             "model.global_batch_size": 4,
             "trainer.precision": "32",
             "trainer.max_steps": 2,
@@ -89,7 +89,7 @@ def test_prompts_beyond_the_limit_leave_zero_rows(setting: Setting, tmp_path: Pa
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(setting: Setting, tmp_path: Path) -> None:
-    other = write_model(tmp_path / "other", seed=2, vocabulary=[*reversed(WORDS)])
+    other = write_model(tmp_path / "other", seed=2, words=["quartz", "zephyr", "wolfram", "junk"])
     paths = (f"model.aligndistil.dpo_path={setting.finished}", f"model.aligndistil.reverse_dpo_path={other}")
     finished = setting.train("aligndistil", tmp_path / "run", *paths)
     assert_one_line(finished, "model.aligndistil.reverse_dpo_path", str(other), "tokenizer")
@@ -163,7 +163,9 @@ def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(setting: Setting, tmp_path: Path) -> None:
     log_dir = tmp_path / "run"
     finished = setting.train("dpo", log_dir, "model.optim.lr=1e30", "trainer.max_steps=4")
-    assert_one_line(finished, "not finite" if "not finite" in finished.errors else " is nan", str(log_dir / "nonfinite"))
+    assert_one_line(
+        finished, "not finite" if "not finite" in finished.errors else " is nan", str(log_dir / "nonfinite")
+    )
     (report,) = (log_dir / "nonfinite").glob("step_*_data_rank_0.json")
     origins = [o for batch in json.loads(report.read_text())["micro_batches"] for o in batch["origins"]]
     assert len(origins) == 4

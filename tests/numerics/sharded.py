@@ -21,6 +21,7 @@ class Case:
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int | None = None
+    context: int = 1
     sequence_parallel: bool = False
     world: int = 1
     micro_batch_size: int = 1
@@ -32,7 +33,7 @@ class Case:
     @property
     def layout(self) -> Layout:
         """What decides the process groups."""
-        return Layout(self.tensor, self.pipeline, self.virtual_pipeline, 1, self.sequence_parallel)
+        return Layout(self.tensor, self.pipeline, self.virtual_pipeline, self.context, self.sequence_parallel)
 
     def __str__(self) -> str:
         flags = [
@@ -40,9 +41,10 @@ class Case:
             for name in ("sequence_parallel", "packed", "recompute", "distributed_optimizer")
             if getattr(self, name)
         ]
-        data = self.world // self.tensor // self.pipeline
+        data = self.world // self.layout.replica_size
         text = f"tp{self.tensor}-pp{self.pipeline}-dp{data}-mb{self.micro_batch_size}"
         text += f"-vpp{self.virtual_pipeline}" if self.virtual_pipeline else ""
+        text += f"-cp{self.context}" if self.context > 1 else ""
         return "-".join([text, self.dtype, *flags])
 
 
@@ -101,7 +103,7 @@ def loss_and_gradient(job: Job, case: Case) -> Answer | None:
         batching="packed" if case.packed else "bucketed",
         micro_batch_size=case.micro_batch_size,
         pack_length=80,
-        pad_multiple=case.tensor if case.sequence_parallel else 1,
+        pad_multiple=(2 * case.context if case.context > 1 else 1) * (case.tensor if case.sequence_parallel else 1),
         n_multiple=case.pipeline if case.virtual_pipeline else 1,
     )
     examples = job.examples

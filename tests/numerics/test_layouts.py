@@ -42,6 +42,10 @@ CASES = [
     Case(tensor=2, world=4, micro_batch_size=2),
     Case(pipeline=2, world=4, packed=True),
     Case(tensor=2, world=2, recompute="full"),
+    Case(micro_batch_size=2, recompute="selective"),
+    Case(context=2, world=2, micro_batch_size=2),
+    Case(context=2, tensor=2, world=4, sequence_parallel=True),
+    Case(context=2, pipeline=2, world=4),
 ]
 FP32_CASES = [
     Case(dtype="32", micro_batch_size=4),
