@@ -6,16 +6,20 @@ the descriptions of tensors and files and nothing else.
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_aligndistil.errors import CheckpointError
 
 INDEX = ".metadata"
-_COMPANIONS = ("common.pt", "metadata.json")
+_CONFIG = "metadata.json"
+# State that isn't tensors: a file of its own, or (newer Megatron-Core) an object among the tensors.
+_COMMON_FILE, _COMMON_OBJECT = "common.pt", "common_state"
 _MODEL = ("embedding", "decoder", "output_layer")
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -76,15 +80,36 @@ def check_files(folder: Path) -> None:
     Raises:
         CheckpointError: names the file.
     """
-    for name in _COMPANIONS:
+    index = read_index(folder)
+    objects = {key for key, kept in index.state_dict_metadata.items() if isinstance(kept, BytesStorageMetadata)}
+    has_common_object = any(key.split("/")[0] == _COMMON_OBJECT for key in objects)
+    for name in (_CONFIG,) if has_common_object else (_CONFIG, _COMMON_FILE):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: no such file; the checkpoint is incomplete")
     ends: dict[str, int] = {}
-    for item in read_index(folder).storage_data.values():
+    for item in index.storage_data.values():
+        if Path(item.relative_path).name != item.relative_path:
+            raise CheckpointError(f"{folder / INDEX}: it refers to {item.relative_path}, outside its folder")
         ends[item.relative_path] = max(ends.get(item.relative_path, 0), item.offset + item.length)
     for name, end in ends.items():
-        path = folder / Path(name).name
+        path = folder / name
         size = path.stat().st_size if path.is_file() else -1
         if size < end:
             state = "no such file" if size < 0 else f"truncated to {size} of at least {end} bytes"
             raise CheckpointError(f"{path}: {state}; the checkpoint cannot be read")
+    for key, item in index.storage_data.items():
+        if key.fqn in objects:
+            _check_object(folder / item.relative_path, key.fqn, item)
+
+
+def _check_object(path: Path, name: str, item: Any) -> None:
+    """Refuse an object that is more than plain values: Megatron-Core would unpickle it without a look."""
+    try:
+        if getattr(item, "transform_descriptors", None):
+            raise ValueError("it is encoded")
+        with path.open("rb") as file:
+            file.seek(item.offset)
+            torch.load(io.BytesIO(file.read(item.length)), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: {name} is not plain values and is not read ({reason})") from error

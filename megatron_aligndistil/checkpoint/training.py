@@ -7,6 +7,7 @@ good one current.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import multiprocessing
@@ -47,6 +48,10 @@ logger = logging.getLogger(__name__)
 
 # Optimizer state as one tensor a parameter, whatever ranks it was sharded over.
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+# Newer Megatron-Core would write by another package; its own writer is what the older has.
+_WRITER: dict[str, Any] = (
+    {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ class CheckpointHook(Hook):
                 str(partial / WEIGHTS),
                 async_sharded_save=True,
                 validate_access_integrity=dist.get_world_size() > 1,
+                **_WRITER,
             )
             state = {"format": FORMAT, "step": trainer.step, **vars(self.provenance)}
             request.add_finalize_fn(lambda: self._finalize(partial, final, state))

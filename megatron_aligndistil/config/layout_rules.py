@@ -87,6 +87,14 @@ def context_parallel_is_not_asked_of_a_cpu(config: RunConfig) -> str | None:
     return None
 
 
+def context_parallel_rows_are_not_packed(config: RunConfig) -> str | None:
+    model = config.model
+    if model.context_parallel_size == 1 or model.data.batching != "packed":
+        return None
+    key = f"model.context_parallel_size={model.context_parallel_size}"
+    return f"{key}: packed rows are not cut over context ranks; set model.data.batching=bucketed or the size to 1"
+
+
 def transformer_engine_is_not_asked_of_a_cpu_or_of_fp64(config: RunConfig) -> str | None:
     for key, value in (("accelerator", "cpu"), ("precision", "64")):
         if config.model.transformer_engine and getattr(config.trainer, key) == value:
@@ -117,6 +125,7 @@ LAYOUT_RULES: tuple[Callable[[RunConfig], str | None], ...] = (
     virtual_pipeline_gets_whole_rounds_of_micro_batches,
     sequence_parallel_has_tensor_parallel,
     context_parallel_is_not_asked_of_a_cpu,
+    context_parallel_rows_are_not_packed,
     transformer_engine_is_not_asked_of_a_cpu_or_of_fp64,
     recomputation_is_complete,
 )

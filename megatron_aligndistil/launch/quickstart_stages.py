@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 from megatron_aligndistil.errors import TrainingError
@@ -94,6 +96,7 @@ def _run(command: Sequence[str], log: Path) -> tuple[int, str]:
         ) as process,
     ):
         assert process.stdout is not None
+        own_handler = signal.signal(signal.SIGTERM, _exit)
         try:
             # Universal newlines: a progress bar's carriage returns end lines too.
             for line in process.stdout:
@@ -104,7 +107,14 @@ def _run(command: Sequence[str], log: Path) -> tuple[int, str]:
         except BaseException:
             process.terminate()
             raise
+        finally:
+            signal.signal(signal.SIGTERM, own_handler)
     return process.returncode, last
+
+
+def _exit(number: int, _frame: FrameType | None) -> None:
+    """Leave by an exception, so that the running command is ended too."""
+    sys.exit(128 + number)
 
 
 def _minutes(seconds: float) -> str:

@@ -57,11 +57,15 @@ def run(*arguments: str) -> Finished:
 
 
 def run_and_kill(log_dir: Path, after_step: int, delay: float, *arguments: str) -> None:
-    """Run the program and SIGKILL it ``delay`` seconds after it has logged ``after_step``."""
+    """Run the program; SIGKILL it ``delay`` seconds after it has logged ``after_step`` and has a whole checkpoint."""
     process = start(*arguments)
     deadline = time.monotonic() + LIMIT_SECONDS
-    while process.poll() is None and max([0, *losses(log_dir)]) < after_step:
-        assert time.monotonic() < deadline, "the run logs no steps"
+
+    def has_gone_far_enough() -> bool:
+        return max([0, *losses(log_dir)]) >= after_step and any(log_dir.glob("checkpoints/step_*"))
+
+    while process.poll() is None and not has_gone_far_enough():
+        assert time.monotonic() < deadline, "the run logs no steps, or saves nothing"
         time.sleep(0.02)
     time.sleep(delay)
     os.killpg(process.pid, signal.SIGKILL)

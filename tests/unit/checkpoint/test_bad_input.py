@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
-import shutil
-import struct
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,58 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_aligndistil.checkpoint import index, locate
-from megatron_aligndistil.checkpoint.convert import ConvertRequest, check_layout, convert
+from megatron_aligndistil.checkpoint import locate
+from megatron_aligndistil.checkpoint.convert import check_layout
 from megatron_aligndistil.checkpoint.hf_import import check_tensors
 from megatron_aligndistil.checkpoint.metadata import read_config
 from megatron_aligndistil.checkpoint.sources import SafetensorsFolder, open_gguf
-from megatron_aligndistil.checkpoint.weights import load_weights
 from megatron_aligndistil.errors import CheckpointError, ConfigError
-from megatron_aligndistil.models.policy import ModelSettings, build_chunks
-from megatron_aligndistil.parallel.setup import Layout, initialize
+from megatron_aligndistil.parallel.setup import Layout
 from tests.distributed.harness import run_ranks
-from tests.tiny_models import save_tiny
+from tests.unit.checkpoint.refusals import refusal, to_megatron
 
 SINGLE = "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    return {name: save_tiny(folder, name) for name in ("llama-tied", "qwen2-untied")}
-
-
-@pytest.fixture
-def model(models, tmp_path):
-    """A fresh copy of a tied Llama."""
-    return Path(shutil.copytree(models["llama-tied"], tmp_path / "model"))
-
-
-def to_megatron(source: Path, output: Path) -> None:
-    initialize(Layout(), seed=0, accelerator="cpu")
-    convert(ConvertRequest(source, output, verify=False))
-
-
-@pytest.fixture(scope="module")
-def checkpoints(models, tmp_path_factory):
-    output = tmp_path_factory.mktemp("checkpoints") / "llama-tied"
-    run_ranks(1, to_megatron, models["llama-tied"], output)
-    return output
-
-
-@pytest.fixture
-def checkpoint(checkpoints, tmp_path):
-    """A fresh copy of a Megatron checkpoint."""
-    return Path(shutil.copytree(checkpoints, tmp_path / "checkpoint"))
-
-
-def refusal(*named: str):
-    """Expects a CheckpointError of one line that holds every one of ``named``, in order."""
-    return pytest.raises(CheckpointError, match=r"(?s)\A[^\n]*" + r"[^\n]*".join(map(_escape, named)) + r"[^\n]*\Z")
-
-
-def _escape(text: str) -> str:
-    return "".join(c if c.isalnum() or c in " _" else "\\" + c for c in text)
 
 
 def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
@@ -233,81 +188,6 @@ class TestGGUF:
             (tmp_path / "model.gguf").write_bytes(file.read(size))
         with refusal("model.gguf", "truncated"):
             open_gguf(tmp_path / "model.gguf")
-
-
-class Doctored:
-    """Unpickling it makes a file."""
-
-    def __init__(self, witness: Path) -> None:
-        self.witness = witness
-
-    def __reduce__(self):
-        return Path.touch, (self.witness,)
-
-
-def load_error(path: Path, **changes: int) -> str:
-    """What ``load_weights`` says about a checkpoint for a model of the original's architecture with ``changes``."""
-    initialize(Layout(), seed=0, accelerator="cpu")
-    architecture = replace(locate.read_architecture(path), **changes)
-    chunks = build_chunks(architecture, ModelSettings(Layout(), torch.float32, 64, 128, False))
-    try:
-        load_weights(chunks, path)
-    except CheckpointError as error:
-        return str(error)
-    return "no error"
-
-
-class TestDistributedCheckpoint:
-    def test_a_whole_one_passes(self, checkpoint):
-        index.check_files(checkpoint / "weights")
-
-    def test_a_truncated_file(self, checkpoint):
-        file = next((checkpoint / "weights").glob("*.distcp"))
-        file.write_bytes(file.read_bytes()[:-100])
-        with refusal(file.name, "truncated"):
-            index.check_files(checkpoint / "weights")
-
-    @pytest.mark.parametrize("name", ["*.distcp", "common.pt", ".metadata", "metadata.json"])
-    def test_a_missing_file(self, checkpoint, name):
-        file = next((checkpoint / "weights").glob(name))
-        file.unlink()
-        with refusal(file.name, "no such file"):
-            index.check_files(checkpoint / "weights")
-
-    @pytest.mark.parametrize("data", [b"", b"\x80\x04", b"nonsense", pickle.dumps(3), struct.pack("<Q", 2**60)])
-    def test_a_damaged_index(self, checkpoint, data):
-        (checkpoint / "weights" / ".metadata").write_bytes(data)
-        with refusal(".metadata", "not a checkpoint's index"):
-            index.check_files(checkpoint / "weights")
-
-    def test_a_doctored_index_is_not_run(self, checkpoint, tmp_path):
-        witness = tmp_path / "witness"
-        (checkpoint / "weights" / ".metadata").write_bytes(pickle.dumps(Doctored(witness)))
-        with refusal(".metadata", "has no place there"):
-            index.check_files(checkpoint / "weights")
-        assert not witness.exists()
-
-    def test_a_doctored_common_file_is_not_run(self, checkpoint, tmp_path):
-        witness = tmp_path / "witness"
-        torch.save({"x": Doctored(witness)}, checkpoint / "weights" / "common.pt")
-        [error] = run_ranks(1, load_error, checkpoint)
-        assert "cannot read the checkpoint" in error and str(checkpoint) in error and "\n" not in error
-        assert not witness.exists()
-
-    def test_another_model_than_the_one_it_holds(self, checkpoint):
-        [error] = run_ranks(1, _errors, checkpoint)
-        assert "decoder.layers.4" in error["num_layers"] and "\n" not in error["num_layers"]
-        assert "shape" in error["ffn_hidden_size"].lower() and "linear_fc" in error["ffn_hidden_size"]
-
-
-def _errors(checkpoint: Path) -> dict[str, str]:
-    from megatron.core import parallel_state
-
-    found = {}
-    for name, value in {"num_layers": 5, "ffn_hidden_size": 64}.items():
-        found[name] = load_error(checkpoint, **{name: value})
-        parallel_state.destroy_model_parallel()
-    return found
 
 
 def test_an_output_that_exists_is_not_overwritten(models, tmp_path):

@@ -144,6 +144,12 @@ REFUSED = [
         "model.context_parallel_size=2: ",
         "transformer_engine=false",
     ),
+    (
+        "dpo",
+        "trainer.devices=2 model.context_parallel_size=2 model.data.batching=packed",
+        "model.context_parallel_size=2: ",
+        "model.data.batching=bucketed",
+    ),
     ("dpo", "model.transformer_engine=true trainer.precision=64", "model.transformer_engine=true: ", "precision=64"),
     ("dpo", "model.encoder_seq_length=1024", "model.encoder_seq_length=1024: ", "max_prompt_length=1024"),
     ("dpo", "model.data.pack_length=9999", "model.data.pack_length=9999: ", "batching=packed"),

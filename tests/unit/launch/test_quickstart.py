@@ -14,7 +14,7 @@ from megatron_aligndistil.config.compose import load_config
 from megatron_aligndistil.config.schema import AlignDistilRunConfig
 from megatron_aligndistil.data.records import read_records
 from megatron_aligndistil.errors import ConfigError, TrainingError
-from megatron_aligndistil.launch import quickstart, quickstart_recipe
+from megatron_aligndistil.launch import quickstart
 from megatron_aligndistil.launch.quickstart_pairs import (
     heldout_pairs,
     opens_warmly,
@@ -27,7 +27,6 @@ from megatron_aligndistil.launch.quickstart_recipe import (
     TINY,
     Folders,
     Recipe,
-    cpu_precision,
     hydra_value,
     training_arguments,
 )
@@ -146,26 +145,6 @@ def test_the_commands_are_valid_runs(recipe: Recipe, name: str, tmp_path: Path) 
     if isinstance(config, AlignDistilRunConfig):
         assert config.model.aligndistil.dpo_path == str(folders.exported("dpo"))
         assert config.model.aligndistil.alpha == recipe.alpha
-
-
-@pytest.mark.parametrize(
-    ("cpu_info", "precision"),
-    [
-        ("flags\t\t: fpu avx2 avx512_bf16\n", "bf16-mixed"),
-        ("flags\t\t: fpu avx512f amx_bf16\n", "bf16-mixed"),
-        ("Features\t: fp asimd bf16\n", "bf16-mixed"),
-        ("flags\t\t: fpu avx2 avx512f\n", "32"),
-        (None, "32"),
-    ],
-)
-def test_precision_follows_the_cpu(
-    cpu_info: str | None, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "cpuinfo"
-    if cpu_info is not None:
-        file.write_text("processor\t: 0\n" + cpu_info)
-    monkeypatch.setattr(quickstart_recipe, "CPU_INFO", file)
-    assert cpu_precision() == precision
 
 
 def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path: Path) -> None:
