@@ -56,9 +56,10 @@ _WRITER: dict[str, Any] = (
 
 @dataclass(frozen=True)
 class Provenance:
-    """What must stay the same for a resumed run to go on with the right examples."""
+    """What must stay the same for a resumed run to go on with the right examples and the right optimizer state."""
 
     algorithm: str
+    optimizer: str
     seed: int
     global_batch_size: int
     train_examples: int

@@ -180,6 +180,7 @@ def _data(config: RunConfig, algorithm: Algorithm) -> tuple[DatasetSource, Prove
     )
     provenance = Provenance(
         algorithm=algorithm.name,
+        optimizer=model.optim.name,
         seed=model.seed,
         global_batch_size=model.global_batch_size,
         train_examples=len(train),
