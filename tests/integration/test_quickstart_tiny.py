@@ -12,8 +12,6 @@ import pytest
 
 from megatron_aligndistil.launch.quickstart_recipe import Folders
 
-LIMIT_SECONDS = 90
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folders, str]:
