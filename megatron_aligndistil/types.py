@@ -118,13 +118,15 @@ class VocabHead:
     """A language-model head as one tensor-parallel rank holds it.
 
     ``weight`` [V_padded / TP, H]; row i is vocabulary entry ``first_column + i``; entries from ``vocab_size`` on are
-    padding and take no part in any statistic. ``group`` is None where the vocabulary isn't sharded.
+    padding and take no part in any statistic. ``group`` is None where the vocabulary isn't sharded. Logits are W h over
+    ``temperature``.
     """
 
     weight: Tensor
     vocab_size: int
     first_column: int = 0
     group: ProcessGroup | None = None
+    temperature: float = 1.0
 
     @property
     def valid_columns(self) -> int:

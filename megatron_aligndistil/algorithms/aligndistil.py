@@ -10,7 +10,14 @@ from torch import Tensor
 
 from megatron_aligndistil.algorithms.algorithm import Algorithm, Role, RoleOutput
 from megatron_aligndistil.config.schema import AlignDistilConfig, AlignDistilRunConfig
-from megatron_aligndistil.kernels.extrapolated_kl import Extrapolation, Teacher, extrapolated_kl, teacher_scalars
+from megatron_aligndistil.kernels.extrapolated_kl import (
+    Extrapolation,
+    Teacher,
+    extrapolated_kl,
+    summed_statistics,
+    teacher_scalars,
+)
+from megatron_aligndistil.kernels.settings import KernelSettings
 from megatron_aligndistil.kernels.token_kl import token_kl
 from megatron_aligndistil.losses.aligndistil import aligndistil_loss, token_weights
 from megatron_aligndistil.models.heads import Projection
@@ -31,7 +38,7 @@ def aligndistil(config: AlignDistilRunConfig) -> Algorithm:
     With the contrastive reward z* = z_d + α_t (z_d - z_r) (Eq. 17). With the vanilla one the weight starts from the
     initial model, z* = z_ref + α_t (z_d - z_ref) (Eq. 11): the same extrapolation from π_ref with the opposite sign.
     """
-    settings, chunk_tokens = config.model.aligndistil, config.model.kernel.chunk_tokens
+    settings, kernel = config.model.aligndistil, KernelSettings.of(config.model.kernel)
     contrastive = settings.reward == "contrastive"
     sign = 1.0 if contrastive else -1.0
     base, other = ("dpo", "reverse_dpo") if contrastive else ("initial", "dpo")
@@ -44,29 +51,30 @@ def aligndistil(config: AlignDistilRunConfig) -> Algorithm:
 
     def annotate(batch: Batch, outputs: Mapping[str, RoleOutput]) -> Annotation:
         b, o = outputs[base], outputs[other]
-        scalars = teacher_scalars(b.kept, b.head, o.kept, o.head, extrapolation, chunk_tokens)
+        scalars = teacher_scalars(b.kept, b.head, o.kept, o.head, extrapolation, kernel)
         return Annotation(Teacher(b.kept, b.head, o.kept, o.head, scalars), outputs.get("initial"))
 
     def loss(policy: Projection, batch: Batch, annotation: Annotation) -> LossOutput:
-        divergence = extrapolated_kl(policy.hidden_TH, policy.head, annotation.teacher, chunk_tokens)
-        scalars = annotation.teacher.scalars
-        alpha_T = sign * scalars.alpha
+        teacher, group = annotation.teacher, policy.head.group
+        divergence = extrapolated_kl(policy.hidden_TH, policy.head, teacher, kernel)
+        alpha_T = sign * teacher.scalars.alpha
         weight_T = token_weights(alpha_T, settings.beta0, batch, settings.normalize_by_length)
         output = aligndistil_loss(divergence.kl, weight_T, batch.n_sequences)
+        totals = summed_statistics(divergence, teacher, group)
         values = {
             "alpha": alpha_T,
             "beta": settings.beta0 / alpha_T,
-            "tvd": scalars.tvd,
+            "tvd": teacher.scalars.tvd,
             "kl_to_teacher": divergence.kl,
-            "kl_to_dpo": divergence.kl_to_d if contrastive else divergence.kl_to_r,
-            "expected_reward": settings.beta0 * sign * divergence.reward,
+            "kl_to_dpo": totals.kl_to_d if contrastive else totals.kl_to_r,
+            "expected_reward": settings.beta0 * sign * totals.reward,
         }
         if not contrastive:
-            values["kl_to_initial"] = divergence.kl_to_d
+            values["kl_to_initial"] = totals.kl_to_d
         elif annotation.initial is not None:
             initial = annotation.initial
             hidden_TH = policy.hidden_TH.detach()
-            values["kl_to_initial"] = token_kl(hidden_TH, policy.head, initial.kept, initial.head, chunk_tokens)
+            values["kl_to_initial"] = token_kl(hidden_TH, policy.head, initial.kept, initial.head, kernel)
         return with_token_metrics(output, values, maxima=("alpha", "beta"))
 
     return Algorithm(
@@ -89,9 +97,11 @@ def _roles(config: AlignDistilRunConfig, settings: AlignDistilConfig) -> dict[st
 
 
 def with_token_metrics(output: LossOutput, values: Mapping[str, Tensor], maxima: tuple[str, ...]) -> LossOutput:
-    """``output`` with the mean of each per-token value, and the maximum of those named."""
-    detached = {name: value_T.detach() for name, value_T in values.items()}
-    count = torch.tensor(float(next(iter(values.values())).numel()), device=output.total.device)
-    sums = {name: (value_T.sum(), count) for name, value_T in detached.items()}
+    """``output`` with the mean of each value, per token [T] or already summed (0-d), and the maximum of those named."""
+    detached = {name: value.detach() for name, value in values.items()}
+    count = torch.tensor(
+        float(max(value.numel() for value in values.values() if value.dim())), device=output.total.device
+    )
+    sums = {name: (value.sum(), count) for name, value in detached.items()}
     peaks = {f"{name}_max": detached[name].max() for name in maxima if detached[name].numel()}
     return replace(output, sums={**output.sums, **sums}, maxima={**output.maxima, **peaks})

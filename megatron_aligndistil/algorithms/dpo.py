@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_aligndistil.algorithms.algorithm import Algorithm, Role, RoleOutput
 from megatron_aligndistil.config.schema import DPORunConfig
 from megatron_aligndistil.data.transforms import swap_pair
+from megatron_aligndistil.kernels.settings import KernelSettings
 from megatron_aligndistil.kernels.token_logprob import token_logprob
 from megatron_aligndistil.losses.dpo import dpo_loss
 from megatron_aligndistil.models.heads import Projection
@@ -18,10 +19,10 @@ from megatron_aligndistil.types import Batch, LossOutput
 
 def dpo(config: DPORunConfig) -> Algorithm:
     """Paper Eq. 4, against a frozen reference (by default the model that training starts from)."""
-    settings, chunk_tokens = config.model.dpo, config.model.kernel.chunk_tokens
+    settings, kernel = config.model.dpo, KernelSettings.of(config.model.kernel)
 
     def response_logprobs(projection: Projection, batch: Batch) -> Tensor:
-        logprob_T = token_logprob(projection.hidden_TH, projection.head, batch.response_labels, chunk_tokens)
+        logprob_T = token_logprob(projection.hidden_TH, projection.head, batch.response_labels, kernel)
         return batch.sum_by_sequence(logprob_T)
 
     def annotate(batch: Batch, outputs: Mapping[str, RoleOutput]) -> Tensor:

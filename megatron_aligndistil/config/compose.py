@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -33,6 +33,7 @@ SCHEMAS: Mapping[str, type[RunConfig]] = {
     "reverse_dpo": DPORunConfig,
     "aligndistil": AlignDistilRunConfig,
 }
+Settings = TypeVar("Settings")
 
 
 def recipe_names() -> list[str]:
@@ -46,7 +47,7 @@ class _Source:
 
     name: str
     overrides: tuple[str, ...]
-    schema: type[RunConfig]
+    schema: type[Any]
 
 
 def load_config(
@@ -66,6 +67,21 @@ def load_config(
         config = OmegaConf.to_object(composed)
     assert isinstance(config, source.schema)
     return config
+
+
+def load_overrides(schema: type[Settings], overrides: Sequence[str], command: str) -> Settings:
+    """The defaults of a dataclass ``schema`` under Hydra ``overrides``: the settings of a command without recipes.
+
+    Raises ConfigError.
+    """
+    _refuse_hydras_own(overrides)
+    source = _Source(command, tuple(overrides), schema)
+    ConfigStore.instance().store(name=command, node=schema)
+    with _one_line(source), initialize_config_dir(str(RECIPES), job_name="aligndistil", version_base="1.3"):
+        values = OmegaConf.to_container(compose(command, overrides=list(overrides)), resolve=False)
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    assert isinstance(settings, schema)
+    return settings
 
 
 def describe_config(
@@ -109,9 +125,7 @@ def _compose(
     config_name: str, overrides: Sequence[str], config_dir: str | os.PathLike[str] | None
 ) -> tuple[DictConfig, _Source]:
     name = config_name.removesuffix(".yaml")
-    for override in overrides:
-        if _key_of(override).startswith("hydra."):
-            raise ConfigError(f"{override}: Hydra's own settings have no effect here; use exp_manager and --config-dir")
+    _refuse_hydras_own(overrides)
     folder = _folder_of(name, config_dir)
     source = _Source(name, tuple(overrides), _schema_in(folder / f"{name}.yaml"))
     store = ConfigStore.instance()
@@ -120,6 +134,12 @@ def _compose(
     search = [f"hydra.searchpath=[file://{RECIPES}]"] if folder != RECIPES else []
     with _one_line(source), initialize_config_dir(str(folder), job_name="aligndistil", version_base="1.3"):
         return _typed(compose(name, overrides=[*search, *overrides]), source)
+
+
+def _refuse_hydras_own(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if _key_of(override).startswith("hydra."):
+            raise ConfigError(f"{override}: Hydra's own settings have no effect here; use exp_manager and --config-dir")
 
 
 @contextmanager
@@ -235,14 +255,16 @@ def _bare(key: str) -> str:
     return re.sub(r"\[\d+\]", "", key)
 
 
-def _explain_unknown(given: str | None, where: str, key: str, schema: type[RunConfig]) -> str:
+def _explain_unknown(given: str | None, where: str, key: str, schema: type[Any]) -> str:
     full_key = _key_of(given) if given else key
+    trains = schema in (RunConfig, *SCHEMAS.values())
     for algorithm, other in SCHEMAS.items():
-        if other is not schema and full_key in _keys(other):
+        if trains and other is not schema and full_key in _keys(other):
             return f"{where}: a key of {algorithm}, not of this run; use --config-name {algorithm}, or remove it"
     close = _closest(full_key, _keys(schema))
     if close is None:
-        return f"{where}: no such key; --cfg job prints all keys"
+        there = "--cfg job prints all keys" if trains else f"there are {', '.join(_keys(schema))}"
+        return f"{where}: no such key; {there}"
     if full_key.startswith(f"{close}."):  # below a free-form mapping or a value
         free_form = isinstance(OmegaConf.select(OmegaConf.structured(schema), close), DictConfig)
         remedy = f"write +{where} to add it" if free_form else f"{close} holds {_expected(close, schema)}"
@@ -262,7 +284,7 @@ def _closest(key: str, keys: Iterable[str]) -> str | None:
     return max(candidates, key=lambda known: difflib.SequenceMatcher(None, key, known).ratio(), default=None)
 
 
-def _keys(schema: type[RunConfig]) -> list[str]:
+def _keys(schema: type[Any]) -> list[str]:
     """Every dotted leaf key, free-form mappings counted as leaves."""
 
     def walk(node: DictConfig, prefix: str) -> Iterable[str]:
@@ -276,7 +298,7 @@ def _keys(schema: type[RunConfig]) -> list[str]:
     return list(walk(OmegaConf.structured(schema), ""))
 
 
-def _expected(key: str, schema: type[RunConfig]) -> str:
+def _expected(key: str, schema: type[Any]) -> str:
     """The type that ``key`` takes, in words."""
     path, _, name = _bare(key).rpartition(".")
     node: Any = OmegaConf.structured(schema)

@@ -24,6 +24,8 @@ CHOICES = {
     "model.data.batching": ("bucketed", "packed"),
     "model.optim.name": ("adam", "distributed_fused_adam"),
     "model.optim.sched.name": ("CosineAnnealing", "WarmupAnnealing", "WarmupPolicy"),
+    "model.kernel.plan": ("auto", "store", "recompute"),
+    "model.kernel.backend": ("auto", "pytorch", "native", "triton"),
     "model.aligndistil.reward": ("contrastive", "vanilla"),
     "model.aligndistil.weight": ("adaptive", "constant"),
 }
@@ -45,6 +47,7 @@ AT_LEAST_ONE = (
     "model.data.max_prompt_length",
     "model.data.num_workers",
     "model.kernel.chunk_tokens",
+    "model.kernel.workspace_mib",
 )
 NOT_NEGATIVE = (
     "trainer.val_check_interval",

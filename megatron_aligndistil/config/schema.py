@@ -119,9 +119,14 @@ class FrozenConfig:
 
 @dataclass(kw_only=True)
 class KernelConfig:
-    """``model.kernel``."""
+    """``model.kernel``: the loss over the vocabulary."""
 
-    chunk_tokens: int = 1024  # tokens whose logits exist at once
+    # store: 5 head products a step, the logits' gradient kept in bf16 (fp32) | recompute: 8, nothing kept | auto: store
+    # where it fits the workspace
+    plan: str = "auto"
+    workspace_mib: OptionalInt = None  # memory a call may hold; default: 1024 on a CPU, 4096 on a GPU
+    chunk_tokens: OptionalInt = None  # tokens whose logits exist at once; default: as the plan and the device like it
+    backend: str = "auto"  # auto | pytorch | native (compiled loops, CPU) | triton (GPU)
 
 
 @dataclass(kw_only=True)

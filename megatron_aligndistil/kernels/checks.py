@@ -7,14 +7,12 @@ from torch import Tensor
 from megatron_aligndistil.types import VocabHead
 
 
-def check_rows(hidden_TH: Tensor, head: VocabHead, chunk_tokens: int) -> None:
-    """Hidden states [T, H] that fit the head, and a chunk of at least one token."""
+def check_rows(hidden_TH: Tensor, head: VocabHead) -> None:
+    """Hidden states [T, H] that fit the head."""
     if hidden_TH.dim() != 2 or hidden_TH.shape[1] != head.weight.shape[1]:
         raise ValueError(
             f"hidden states {list(hidden_TH.shape)} don't fit a head [V, H] of {list(head.weight.shape)}: want [T, H]"
         )
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
 
 
 def check_same_columns(head: VocabHead, other: VocabHead) -> None:

@@ -1,10 +1,9 @@
-"""Softmax sums of one vocabulary shard, and their merger over the shards.
+"""Softmax sums of a part of the vocabulary, and their merger over parts: tiles, threads or tensor-parallel ranks.
 
-A shard's softmax is kept as (maximum m, s = sum of exp(z - m), sums of exp(z - m) * value). A shard that is all padding
-has m = -inf and zero sums, and weighs nothing in a merger.
+A part's softmax is kept as (maximum m, s = sum of exp(z - m), sums of exp(z - m) * value). A part without a true
+column has m = -inf and zero sums, and weighs nothing in a merger.
 
-Shapes: T tokens, C tokens of one chunk, V true vocabulary entries of this shard, R tensor-parallel ranks, K words a
-token.
+Shapes: T tokens, N parts, R tensor-parallel ranks, K words a token.
 """
 
 from __future__ import annotations
@@ -15,14 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-
-
-def shifted(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """(m_C, z - m [C, V]); m = -inf where the shard has no true column."""
-    if logits_CV.shape[1] == 0:
-        return logits_CV.new_full((logits_CV.shape[0],), -torch.inf), logits_CV
-    max_C = logits_CV.amax(-1)
-    return max_C, logits_CV - max_C[:, None]
 
 
 def gather_partials(partials_KT: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -36,38 +27,40 @@ def gather_partials(partials_KT: Tensor, group: ProcessGroup | None) -> Tensor:
     return gathered_RKT
 
 
+def sum_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The ranks' values added up, each rank's by one collective; no gradient flows through it."""
+    return gather_partials(values.reshape(1, -1), group).sum(0).view_as(values)
+
+
 @dataclass(frozen=True)
 class MergedSoftmax:
-    """A softmax over all shards, and what brings a shard's sums to its scale.
+    """A softmax over all parts, and what brings a part's sums to its scale.
 
-    max_T, sum_T   of the whole vocabulary
-    scale_RT       exp(m_r - max): factor of rank r's sums, 0 for an empty shard
-    shift_RT       m_r - max, 0 for an empty shard: to add to values that were taken relative to m_r
+    max_T, sum_T  of all parts together
+    scale_NT      exp(m_n - max): factor of part n's sums, 0 for an empty one
+    shift_NT      m_n - max, 0 for an empty part: to add to values that were taken relative to m_n
     """
 
     max_T: Tensor
     sum_T: Tensor
-    scale_RT: Tensor
-    shift_RT: Tensor
+    scale_NT: Tensor
+    shift_NT: Tensor
 
     @classmethod
-    def of(cls, max_RT: Tensor, sum_RT: Tensor) -> MergedSoftmax:
-        """Merges the shards' (m, s)."""
-        max_T = max_RT.amax(0)
-        shift_RT = max_RT - max_T
-        scale_RT = shift_RT.exp()
-        shift_RT = shift_RT.masked_fill(max_RT == -torch.inf, 0.0)  # else 0 * (-inf) below
-        return cls(max_T, (scale_RT * sum_RT).sum(0), scale_RT, shift_RT)
+    def of(cls, max_NT: Tensor, sum_NT: Tensor) -> MergedSoftmax:
+        """Merges the parts' (m, s)."""
+        max_T = max_NT.amax(0)
+        empty_NT = max_NT == -torch.inf
+        shift_NT = (max_NT - max_T).masked_fill(empty_NT, 0.0)  # also where all parts are empty: no -inf - -inf
+        scale_NT = shift_NT.exp().masked_fill(empty_NT, 0.0)
+        return cls(max_T, (scale_NT * sum_NT).sum(0), scale_NT, shift_NT)
 
-    @property
-    def log_z_T(self) -> Tensor:
-        """Logarithm of the normaliser."""
-        return self.max_T + self.sum_T.log()
+    def total(self, weighted_NT: Tensor) -> Tensor:
+        """sum exp(z - max) * value from the parts' sums of exp(z - m) * value: [T]."""
+        return (self.scale_NT * weighted_NT).sum(0)
 
-    def probabilities(self, logits_CV: Tensor) -> Tensor:
-        """pi of this shard's logits: [C, V]."""
-        return (logits_CV - self.max_T[:, None]).exp_().div_(self.sum_T[:, None])
 
-    def expectation(self, weighted_RT: Tensor) -> Tensor:
-        """E[value] from the shards' sums of exp(z - m) * value: [T]."""
-        return (self.scale_RT * weighted_RT).sum(0) / self.sum_T
+def own_share(max_T: Tensor, sum_T: Tensor, own_max_T: Tensor, own_weighted_T: Tensor) -> Tensor:
+    """This shard's part of E[value]: the shards' parts add up to the expectation. [T]"""
+    scale_T = (own_max_T - max_T).exp().masked_fill(own_max_T == -torch.inf, 0.0)
+    return scale_T * own_weighted_T / sum_T

@@ -87,6 +87,11 @@ COMMANDS = (
         _elsewhere("megatron_aligndistil.checkpoint.convert"),
     ),
     Command(
+        "certify",
+        "check losses, gradients and traffic of this machine's layout against dense float64",
+        _elsewhere("megatron_aligndistil.launch.certify"),
+    ),
+    Command(
         "quickstart",
         "align a small model end to end on this machine",
         _elsewhere("megatron_aligndistil.launch.quickstart"),

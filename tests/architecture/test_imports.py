@@ -24,6 +24,7 @@ ORDER = (
     ("trainer",),
     ("checkpoint",),
     ("evaluation",),
+    ("certificate",),
     ("report",),
     ("launch",),
     ("__main__",),
@@ -39,7 +40,16 @@ ONLY_IN = {
     # The first reads an index with a restricted unpickler, the second only names an exception.
     "pickle": {"checkpoint/index.py", "checkpoint/weights.py"},
 }
-TORCH_FREE = ("config.checks", "config.compose", "launch.cli", "launch.torchrun", "launch.failures", "launch.log")
+TORCH_FREE = (
+    "config.checks",
+    "config.certify",
+    "config.compose",
+    "launch.cli",
+    "launch.certify",
+    "launch.torchrun",
+    "launch.failures",
+    "launch.log",
+)
 
 
 def against_the_arrow(source: Source) -> list[str]:

@@ -1,112 +1,103 @@
-"""The teachers' scalars and the KL to the extrapolation, over the vocabulary shards.
+"""The KL to the extrapolation of two teachers, over tiles of the vocabulary.
 
-The target is normalised first: t = log pi_d + alpha D with D = log pi_d - log pi_r, log pi* = t - log Z*. (Raw
-z_d + alpha (z_d - z_r) carries the arbitrary shift alpha (log Z_d - log Z_r).) ``log Z*`` is taken over the very t of
-the policy's step, so that the rounding of log Z_d and log Z_r, times alpha, cancels in the KL.
+The target is normalised first: t = log pi_d + alpha D with D = log pi_d - log pi_r, log pi* = t - log Z*. ``log Z*`` is
+taken over the very t of the policy's step, so that the rounding of log Z_d and log Z_r, times alpha, cancels in the KL.
 
-Shapes: T tokens, C tokens of one chunk, V true vocabulary entries of this shard, R tensor-parallel ranks, K words.
+Shapes: T tokens, C tokens of one chunk, V columns of a tile, N parts or ranks, K words.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from megatron_aligndistil.kernels.extrapolated_kl.values import Extrapolation, Teacher
-from megatron_aligndistil.kernels.head_product import HeadProduct
-from megatron_aligndistil.kernels.partials import MergedSoftmax, gather_partials, shifted
-from megatron_aligndistil.kernels.vocabulary_sweep import Merged
-from megatron_aligndistil.types import VocabHead
+from megatron_aligndistil.kernels.backends.backend import Backend, TargetScalars
+from megatron_aligndistil.kernels.extrapolated_kl.values import Teacher
+from megatron_aligndistil.kernels.partials import MergedSoftmax, own_share
+from megatron_aligndistil.kernels.statistic import Merged, Statistic, Tile
 
 
-class TeacherLogits:
-    """Both teachers' logits of a chunk."""
+class KLToExtrapolation(Statistic):
+    """KL(pi || pi*) from the words (m, s, sum e w) with x = z - m, e = exp(x), w = x - t.
 
-    def __init__(
-        self, hidden_d_TH: Tensor, head_d: VocabHead, hidden_r_TH: Tensor, head_r: VocabHead, dtype: torch.dtype
-    ) -> None:
-        self.d, self.r = HeadProduct(hidden_d_TH, head_d, dtype), HeadProduct(hidden_r_TH, head_r, dtype)
-
-    def logits_CV(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """(z_d, z_r)."""
-        return self.d.logits_CV(rows), self.r.logits_CV(rows)
-
-
-def target_and_gap(logits_d_CV: Tensor, logits_r_CV: Tensor, scalars: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """(t, D) from the logits, which are overwritten, and the chunk's (log Z_d, log Z_r, alpha)."""
-    log_z_d_C1, log_z_r_C1, alpha_C1 = (values_C[:, None] for values_C in scalars)
-    logprob_d_CV = logits_d_CV.sub_(log_z_d_C1)
-    gap_CV = torch.sub(logprob_d_CV, logits_r_CV.sub_(log_z_r_C1), out=logits_r_CV)
-    return torch.addcmul(logprob_d_CV, alpha_C1, gap_CV), gap_CV
-
-
-def chunk_scalars(
-    teachers: TeacherLogits, extrapolation: Extrapolation, rows: slice, group: ProcessGroup | None
-) -> Tensor:
-    """(log Z_d, log Z_r, TVD, alpha, log Z*) of a chunk: [5, C]."""
-    logits_d_CV, logits_r_CV = teachers.logits_CV(rows)
-    sums_KC = torch.stack((*_softmax_sums(logits_d_CV), *_softmax_sums(logits_r_CV)))
-    max_d_RC, sum_d_RC, max_r_RC, sum_r_RC = gather_partials(sums_KC, group).unbind(1)
-    softmax_d, softmax_r = MergedSoftmax.of(max_d_RC, sum_d_RC), MergedSoftmax.of(max_r_RC, sum_r_RC)
-
-    difference_CV = softmax_d.probabilities(logits_d_CV).sub_(softmax_r.probabilities(logits_r_CV))
-    tvd_part_C = difference_CV.abs_().sum(-1).mul_(0.5)
-    tvd_C = gather_partials(tvd_part_C[None], group).sum(0)[0]
-
-    alpha_C = extrapolation.alpha_of(tvd_C)
-    log_z_d_C, log_z_r_C = softmax_d.log_z_T, softmax_r.log_z_T
-    target_CV, _ = target_and_gap(logits_d_CV, logits_r_CV, (log_z_d_C, log_z_r_C, alpha_C))
-    max_RC, sum_RC = gather_partials(torch.stack(_softmax_sums(target_CV)), group).unbind(1)
-    log_z_star_C = MergedSoftmax.of(max_RC, sum_RC).log_z_T
-    return torch.stack((log_z_d_C, log_z_r_C, tvd_C, alpha_C, log_z_star_C))
-
-
-def _softmax_sums(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-    max_C, shifted_CV = shifted(logits_CV)
-    return max_C, shifted_CV.exp().sum(-1)
-
-
-class KLToExtrapolation:
-    """KL(pi || pi*) from the words (m, s, sum e w, sum e D) with x = z - m, e = exp(x), w = x - t.
-
-    KL = E[w] + log Z* - log s, and its gradient with respect to z is pi (w - E[w]). E[D] is for the statistics alone:
-    KL(pi || pi_d) = E[w] + alpha E[D] - log s.
+    KL = E[w] + log Z* - log s, and its gradient with respect to z is pi (w - E[w]). A fourth word, sum e D, stays on
+    its rank: this shard's part of E[D].
     """
 
-    words = 4
+    local_words, words = 4, 3
 
-    def __init__(self, teacher: Teacher, dtype: torch.dtype) -> None:
-        self.teachers = TeacherLogits(teacher.hidden_d_TH, teacher.head_d, teacher.hidden_r_TH, teacher.head_r, dtype)
+    def __init__(self, backend: Backend, teacher: Teacher, dtype: torch.dtype) -> None:
         scalars = teacher.scalars
-        self.log_z_d_T, self.log_z_r_T = scalars.log_z_d.to(dtype), scalars.log_z_r.to(dtype)
-        self.alpha_T, self.log_z_star_T = scalars.alpha.to(dtype), scalars.log_z_star.to(dtype)
+        self.backend, self.kept = backend, backend.kept_of_extrapolation
+        self.others = (
+            backend.product(teacher.hidden_d_TH, teacher.head_d, dtype),
+            backend.product(teacher.hidden_r_TH, teacher.head_r, dtype),
+        )
+        self.scalars = TargetScalars(scalars.log_z_d.to(dtype), scalars.log_z_r.to(dtype), scalars.alpha.to(dtype))
+        self.log_z_star_T = scalars.log_z_star.to(dtype)
 
-    def _target_and_gap(self, rows: slice) -> tuple[Tensor, Tensor]:
-        scalars = (self.log_z_d_T[rows], self.log_z_r_T[rows], self.alpha_T[rows])
-        return target_and_gap(*self.teachers.logits_CV(rows), scalars)
+    def _scalars(self, tile: Tile) -> TargetScalars:
+        of_T = self.scalars
+        return TargetScalars(of_T.log_z_d[tile.rows], of_T.log_z_r[tile.rows], of_T.alpha[tile.rows])
 
-    def partials_KC(self, logits_CV: Tensor, rows: slice) -> Tensor:
-        max_C, x_CV = shifted(logits_CV)
-        target_CV, gap_CV = self._target_and_gap(rows)
-        w_CV = torch.sub(x_CV, target_CV, out=target_CV)
-        exp_CV = x_CV.exp_()
-        sum_C = exp_CV.sum(-1)
-        return torch.stack((max_C, sum_C, w_CV.mul_(exp_CV).sum(-1), gap_CV.mul_(exp_CV).sum(-1)))
+    def partials(self, logits: list[Tensor], tile: Tile) -> Tensor:
+        return self.backend.extrapolated_sums(logits[0], logits[1], logits[2], self._scalars(tile))
 
-    def merge(self, partials_RKT: Tensor) -> Merged:
-        max_RT, sum_RT, weighted_RT, gap_RT = partials_RKT.unbind(1)
-        softmax = MergedSoftmax.of(max_RT, sum_RT)
-        mean_T = softmax.expectation(weighted_RT + sum_RT * softmax.shift_RT)
-        reward_T = softmax.expectation(gap_RT)
-        log_sum_T = softmax.sum_T.log()
-        kl_T = mean_T + self.log_z_star_T - log_sum_T
-        kl_to_d_T = mean_T + self.alpha_T * reward_T - log_sum_T
-        return Merged((kl_T, kl_to_d_T, kl_to_d_T + reward_T, reward_T), (softmax.max_T, softmax.sum_T, mean_T))
+    def combine(self, words_NKT: Tensor) -> Tensor:
+        max_NT, sum_NT, weighted_NT, *rest = words_NKT.unbind(1)
+        softmax = MergedSoftmax.of(max_NT, sum_NT)
+        weighted_T = softmax.total(weighted_NT + sum_NT * softmax.shift_NT)
+        return torch.stack((softmax.max_T, softmax.sum_T, weighted_T, *(softmax.total(gap_NT) for gap_NT in rest)))
 
-    def logit_gradient_CV(self, logits_CV: Tensor, rows: slice, state: tuple[Tensor, ...]) -> Tensor:
+    def finish(self, words_KT: Tensor, own_KT: Tensor, rows: slice) -> Merged:
+        max_T, sum_T, weighted_T = words_KT
+        mean_T = weighted_T / sum_T
+        kl_T = mean_T + self.log_z_star_T[rows] - sum_T.log()
+        return Merged((kl_T, own_share(max_T, sum_T, own_KT[0], own_KT[3])), (max_T, sum_T, mean_T))
+
+    def logit_gradient(
+        self, logits: list[Tensor], tile: Tile, state: tuple[Tensor, ...], out_CV: Tensor, fresh: bool
+    ) -> None:
+        self.backend.extrapolated_gradient(logits, self._scalars(tile), state, out_CV)
+
+
+class KLToFoldedExtrapolation(KLToExtrapolation):
+    """The same where both teachers have one head W: z* = W (h_d + alpha (h_d - h_r)) is one product instead of two.
+
+    Folded in the statistics' precision, so for fp32 heads; a bf16 head would need the fold in a high and a low part,
+    two products again. D is not made, hence no statistics of it.
+    """
+
+    def __init__(self, backend: Backend, teacher: Teacher, dtype: torch.dtype) -> None:
+        super().__init__(backend, teacher, dtype)
+        alpha_T = self.scalars.alpha
+        hidden_d_TH, hidden_r_TH = teacher.hidden_d_TH.to(dtype), teacher.hidden_r_TH.to(dtype)
+        folded_TH = torch.addcmul(hidden_d_TH, alpha_T[:, None], hidden_d_TH - hidden_r_TH)
+        self.others = (backend.product(folded_TH, teacher.head_d, dtype),)
+        log_z_T = self.scalars.log_z_d + alpha_T * (self.scalars.log_z_d - self.scalars.log_z_r)
+        self.scalars = replace(self.scalars, log_z_d=log_z_T)
+        self.kept = 2
+
+    def partials(self, logits: list[Tensor], tile: Tile) -> Tensor:
+        self._normalise(logits, tile)
+        words_NKC = self.backend.token_kl_sums(logits[0], logits[1], from_other=False)
+        # token_kl takes z' from its maximum m': back to t, for the same words as without folding.
+        max_NC, sum_NC, weighted_NC, other_max_NC, _ = words_NKC.unbind(1)
+        finite_NC = other_max_NC.masked_fill(other_max_NC == -torch.inf, 0.0)
+        return torch.stack((max_NC, sum_NC, weighted_NC - sum_NC * finite_NC, torch.zeros_like(sum_NC)), 1)
+
+    def logit_gradient(
+        self, logits: list[Tensor], tile: Tile, state: tuple[Tensor, ...], out_CV: Tensor, fresh: bool
+    ) -> None:
+        if fresh:
+            self._normalise(logits, tile)
         max_C, sum_C, mean_C = state
-        target_CV, _ = self._target_and_gap(rows)
-        x_CV = logits_CV - max_C[:, None]
-        w_CV = torch.sub(x_CV, target_CV, out=target_CV)
-        return w_CV.sub_(mean_C[:, None]).mul_(x_CV.exp_().div_(sum_C[:, None]))
+        zero_C = torch.zeros_like(max_C)
+        self.backend.token_kl_gradient(
+            logits[0], logits[1], (max_C, sum_C, mean_C, zero_C, zero_C), from_other=False, out_CV=out_CV
+        )
+
+    def _normalise(self, logits: list[Tensor], tile: Tile) -> None:
+        logits[1].sub_(self.scalars.log_z_d[tile.rows, None])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_aligndistil.kernels.extrapolated_kl.values import ExtrapolatedKL, Extrapolation, TeacherScalars
+from megatron_aligndistil.kernels.extrapolated_kl.values import Extrapolation, TeacherScalars, TokenStatistics
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,22 @@ def dense_teacher_scalars(d: DenseModel, r: DenseModel, extrapolation: Extrapola
     )
 
 
-def dense_extrapolated_kl(
-    policy: DenseModel, d: DenseModel, r: DenseModel, extrapolation: Extrapolation
-) -> ExtrapolatedKL:
-    """KL to softmax(z_d + alpha_t (z_d - z_r)) of raw logits, [T] float64; ``kl`` differentiable by autograd."""
+def dense_extrapolated_kl(policy: DenseModel, d: DenseModel, r: DenseModel, extrapolation: Extrapolation) -> Tensor:
+    """KL to softmax(z_d + alpha_t (z_d - z_r)) of raw logits, [T] float64, differentiable by autograd."""
     logits_d_TV, logits_r_TV = d.logits_TV().detach(), r.logits_TV().detach()
     alpha_T1 = dense_teacher_scalars(d, r, extrapolation).alpha[:, None]
     target_TV = (logits_d_TV + alpha_T1 * (logits_d_TV - logits_r_TV)).log_softmax(-1)
-    logprob_d_TV, logprob_r_TV = logits_d_TV.log_softmax(-1), logits_r_TV.log_softmax(-1)
     logprob_TV = policy.logits_TV().log_softmax(-1)
+    return (logprob_TV.exp() * (logprob_TV - target_TV)).sum(-1)
+
+
+def dense_token_statistics(policy: DenseModel, d: DenseModel, r: DenseModel) -> TokenStatistics:
+    """Divergences to the teachers and the expected reward, [T] float64."""
+    logprob_d_TV, logprob_r_TV = (model.logits_TV().detach().log_softmax(-1) for model in (d, r))
+    logprob_TV = policy.logits_TV().detach().log_softmax(-1)
     probability_TV = logprob_TV.exp()
-
-    def expected(values_TV: Tensor) -> Tensor:
-        return (probability_TV * values_TV).sum(-1)
-
-    return ExtrapolatedKL(
-        kl=expected(logprob_TV - target_TV),
-        kl_to_d=expected(logprob_TV - logprob_d_TV).detach(),
-        kl_to_r=expected(logprob_TV - logprob_r_TV).detach(),
-        reward=expected(logprob_d_TV - logprob_r_TV).detach(),
+    return TokenStatistics(
+        kl_to_d=(probability_TV * (logprob_TV - logprob_d_TV)).sum(-1),
+        kl_to_r=(probability_TV * (logprob_TV - logprob_r_TV)).sum(-1),
+        reward=(probability_TV * (logprob_d_TV - logprob_r_TV)).sum(-1),
     )

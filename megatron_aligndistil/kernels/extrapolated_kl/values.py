@@ -67,13 +67,25 @@ class Teacher:
 class ExtrapolatedKL:
     """Per token, [T] float32 (float64) each, in nats. Only ``kl`` is differentiable.
 
-    kl       KL(pi_theta || softmax z*), not yet times beta_t
+    kl           KL(pi_theta || softmax z*), not yet times beta_t
+    reward_part  this shard's part of E_{v ~ pi_theta}[log pi_d(v) - log pi_r(v)]: the shards' parts add up to it. It
+                 costs no word on the wire; ``token_statistics`` and ``summed_statistics`` do the adding. None where
+                 statistics were not asked for.
+    """
+
+    kl: Tensor
+    reward_part: Tensor | None
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """In nats, per token [T] or summed over tokens.
+
     kl_to_d  KL(pi_theta || pi_d)
     kl_to_r  KL(pi_theta || pi_r)
     reward   E_{v ~ pi_theta}[log pi_d(v) - log pi_r(v)], the expected contrastive reward before its factor beta_0
     """
 
-    kl: Tensor
     kl_to_d: Tensor
     kl_to_r: Tensor
     reward: Tensor

@@ -1,8 +1,9 @@
-"""KL(pi || pi') from one sweep: words (m, s, sum e (x - x'), m', s') with x = z - m, x' = z' - m', e = exp(x).
+"""KL divergences of two softmaxes from one sweep: words (m, s, sum f (x - x'), m', s'), x = z - m, x' = z' - m'.
 
-KL = E[x - x'] - log s + log s', all after the merger over shards.
+KL(pi || pi') = E[x - x'] - log s + log s' with f = exp(x), and KL(pi' || pi) = -E'[x - x'] + log s - log s' with
+f = exp(x'), all after the merger over shards.
 
-Shapes: T tokens, C tokens of one chunk, V true vocabulary entries of this shard, R tensor-parallel ranks, K words.
+Shapes: T tokens, C tokens of one chunk, V columns of a tile, N parts or ranks, K words.
 """
 
 from __future__ import annotations
@@ -10,36 +11,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_aligndistil.kernels.head_product import HeadProduct
-from megatron_aligndistil.kernels.partials import MergedSoftmax, shifted
-from megatron_aligndistil.kernels.vocabulary_sweep import Merged
+from megatron_aligndistil.kernels.backends.backend import Backend, HeadProduct
+from megatron_aligndistil.kernels.partials import MergedSoftmax
+from megatron_aligndistil.kernels.statistic import Merged, Statistic, Tile
 
 
-class KLToOther:
-    """Its gradient with respect to the policy's logits is pi (x - x' - E[x - x'])."""
+class TokenKL(Statistic):
+    """Gradients with respect to the policy's logits: pi (x - x' - E[x - x']) of KL(pi || pi'); pi - pi' from it."""
 
-    words = 5
+    local_words = words = 5
+    kept = 2
 
-    def __init__(self, other: HeadProduct) -> None:
-        self.other = other
+    def __init__(self, backend: Backend, other: HeadProduct, from_other: bool) -> None:
+        self.backend, self.others, self.from_other = backend, (other,), from_other
 
-    def partials_KC(self, logits_CV: Tensor, rows: slice) -> Tensor:
-        max_C, x_CV = shifted(logits_CV)
-        other_max_C, other_x_CV = shifted(self.other.logits_CV(rows))
-        other_sum_C = other_x_CV.exp().sum(-1)
-        exp_CV = x_CV.exp()
-        weighted_C = (x_CV - other_x_CV).mul_(exp_CV).sum(-1)
-        return torch.stack((max_C, exp_CV.sum(-1), weighted_C, other_max_C, other_sum_C))
+    def partials(self, logits: list[Tensor], tile: Tile) -> Tensor:
+        return self.backend.token_kl_sums(logits[0], logits[1], self.from_other)
 
-    def merge(self, partials_RKT: Tensor) -> Merged:
-        max_RT, sum_RT, weighted_RT, other_max_RT, other_sum_RT = partials_RKT.unbind(1)
-        policy, other = MergedSoftmax.of(max_RT, sum_RT), MergedSoftmax.of(other_max_RT, other_sum_RT)
-        mean_T = policy.expectation(weighted_RT + sum_RT * (policy.shift_RT - other.shift_RT))
-        kl_T = mean_T - policy.sum_T.log() + other.sum_T.log()
-        return Merged((kl_T,), (policy.max_T, policy.sum_T, mean_T, other.max_T))
+    def combine(self, words_NKT: Tensor) -> Tensor:
+        max_NT, sum_NT, weighted_NT, other_max_NT, other_sum_NT = words_NKT.unbind(1)
+        policy, other = MergedSoftmax.of(max_NT, sum_NT), MergedSoftmax.of(other_max_NT, other_sum_NT)
+        weight, weight_sum_NT = (other, other_sum_NT) if self.from_other else (policy, sum_NT)
+        weighted_T = weight.total(weighted_NT + weight_sum_NT * (policy.shift_NT - other.shift_NT))
+        return torch.stack((policy.max_T, policy.sum_T, weighted_T, other.max_T, other.sum_T))
 
-    def logit_gradient_CV(self, logits_CV: Tensor, rows: slice, state: tuple[Tensor, ...]) -> Tensor:
-        max_C, sum_C, mean_C, other_max_C = state
-        x_CV = logits_CV - max_C[:, None]
-        gap_CV = x_CV - (self.other.logits_CV(rows) - other_max_C[:, None])
-        return gap_CV.sub_(mean_C[:, None]).mul_(x_CV.exp_().div_(sum_C[:, None]))
+    def finish(self, words_KT: Tensor, own_KT: Tensor, rows: slice) -> Merged:
+        max_T, sum_T, weighted_T, other_max_T, other_sum_T = words_KT
+        mean_T = weighted_T / (other_sum_T if self.from_other else sum_T)
+        kl_T = mean_T - sum_T.log() + other_sum_T.log()
+        return Merged((-kl_T if self.from_other else kl_T,), (max_T, sum_T, mean_T, other_max_T, other_sum_T))
+
+    def logit_gradient(
+        self, logits: list[Tensor], tile: Tile, state: tuple[Tensor, ...], out_CV: Tensor, fresh: bool
+    ) -> None:
+        self.backend.token_kl_gradient(logits[0], logits[1], state, self.from_other, out_CV)

@@ -13,10 +13,32 @@ from torch.distributed import ProcessGroup
 
 from megatron_aligndistil.kernels.extrapolated_kl import Extrapolation
 from megatron_aligndistil.kernels.extrapolated_kl.reference import DenseModel
+from megatron_aligndistil.kernels.settings import KernelSettings
 from megatron_aligndistil.types import VocabHead
 
 ADAPTIVE = Extrapolation(mode="adaptive", alpha=20.0, epsilon=1e-3, tvd_scale=1.0)
 CONSTANT = Extrapolation(mode="constant", alpha=1.5, epsilon=1e-3, tvd_scale=1.0)
+
+
+def every_way(chunks: tuple[int | None, ...] = (1, 5, None)) -> list[KernelSettings]:
+    """Settings over plans, chunks and the backends of a CPU."""
+    return [
+        KernelSettings(plan=plan, chunk_tokens=chunk, backend=backend)  # type: ignore[arg-type]
+        for plan in ("store", "recompute")
+        for backend in ("pytorch", "native")
+        for chunk in chunks
+    ]
+
+
+def way_id(settings: KernelSettings) -> str:
+    """For pytest."""
+    return f"{settings.plan}-{settings.backend}-{settings.chunk_tokens}"
+
+
+def takes(settings: KernelSettings, dtype: torch.dtype) -> bool:
+    """The compiled loops have no float64."""
+    return settings.backend == "pytorch" or dtype != torch.float64
+
 
 # Relative errors that a gradient may have against float64.
 GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import embedding
 
+from megatron_aligndistil.kernels.settings import KernelSettings
 from megatron_aligndistil.kernels.token_logprob import token_logprob
 from megatron_aligndistil.kernels.token_logprob.reference import dense_token_logprob
 from megatron_aligndistil.types import VocabHead
@@ -30,7 +31,7 @@ class DDPParameter:
         group = SimpleNamespace(register_grad_ready=self._register)
         ddp: Any = SimpleNamespace(
             param_to_bucket_group={weight: group},
-            ddp_config=SimpleNamespace(overlap_grad_reduce=True),
+            ddp_config=SimpleNamespace(overlap_grad_reduce=False),
             force_all_reduce=False,
         )
         self.accumulator = weight.expand_as(weight).grad_fn.next_functions[0][0]
@@ -55,7 +56,7 @@ def _loss(weight: Tensor, head_dtype: torch.dtype, micro_batch: int, tied: bool 
         hidden_TH = hidden_TH + embedding(tokens_T, weight)
     if weight.dtype == torch.float64:
         return dense_token_logprob(hidden_TH, weight, labels_T, VOCAB).sum()
-    return token_logprob(hidden_TH, VocabHead(weight, VOCAB), labels_T, 4).sum()
+    return token_logprob(hidden_TH, VocabHead(weight, VOCAB), labels_T, KernelSettings(chunk_tokens=4)).sum()
 
 
 @pytest.mark.parametrize("zero_out_wgrad", [False, True])
@@ -80,10 +81,15 @@ def test_every_part_of_the_gradient_arrives_once(
 
 
 def test_bf16_head_accumulates_without_rounding_to_bf16() -> None:
+    """The micro-batches' gradients, each alone in fp32, add up in fp32."""
     weight = _weight(torch.bfloat16)
     DDPParameter(weight, torch.float32)
-    dense = weight.detach().double().requires_grad_()
+    total_VH = torch.zeros(PADDED, HIDDEN, dtype=torch.float64)
     for micro_batch in range(MICRO_BATCHES):
         _loss(weight, torch.bfloat16, micro_batch).backward()
-        _loss(dense, torch.bfloat16, micro_batch).backward()
-    assert relative_error(weight.main_grad, dense.grad) <= 1e-6  # type: ignore[attr-defined]
+        alone = _weight(torch.bfloat16)
+        DDPParameter(alone, torch.float32)
+        _loss(alone, torch.bfloat16, micro_batch).backward()
+        total_VH += alone.main_grad  # type: ignore[attr-defined]
+    assert relative_error(weight.main_grad, total_VH) <= 1e-6  # type: ignore[attr-defined]
+    assert relative_error(weight.main_grad.bfloat16(), total_VH) > 1e-4  # type: ignore[attr-defined]

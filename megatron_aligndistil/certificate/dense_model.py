@@ -1,7 +1,7 @@
 """An independent model and its losses: one process, float64, full vocabulary, one sequence at a time.
 
-Written from the papers' formulas with plain autograd; it shares no code with the package. Weights go by their Hugging
-Face names. Shape legend: S positions, V vocabulary, H hidden size, A heads, G key-value groups, D head size.
+Written from the papers' formulas with plain autograd; it shares no code with what it judges. Weights go by their
+Hugging Face names. Shape legend: S positions, V vocabulary, H hidden size, A heads, G key-value groups, D head size.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_aligndistil.certificate import formulas
 
 Weights = dict[str, Tensor]
 
@@ -98,7 +100,7 @@ def response_logits(weights: Weights, shape: Shape, response: Response) -> Tenso
 def response_logprobs(weights: Weights, shape: Shape, response: Response) -> Tensor:
     """Log-probs of the response tokens."""
     labels = torch.from_numpy(response.tokens[response.prompt_length :].astype(np.int64))
-    return response_logits(weights, shape, response).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    return formulas.label_logprob(response_logits(weights, shape, response), labels)
 
 
 def sft(weights: Weights, shape: Shape, responses: list[Response]) -> Tensor:
@@ -147,13 +149,10 @@ def aligndistil(
     for response in responses:
         z_d = response_logits(dpo_model, shape, response).detach()
         z_o = response_logits(other, shape, response).detach()
-        tvd = 0.5 * (z_d.softmax(-1) - z_o.softmax(-1)).abs().sum(-1)
-        constant = torch.full_like(tvd, how.alpha)
-        alpha = how.alpha * how.tvd_scale * tvd + how.epsilon if how.weight == "adaptive" else constant
-        base = z_d if how.reward == "contrastive" else z_o
-        target = (base + alpha[:, None] * (z_d - z_o)).log_softmax(-1)
-        log_p = response_logits(weights, shape, response).log_softmax(-1)
-        kl = (log_p.exp() * (log_p - target)).sum(-1)
+        tvd = formulas.total_variation(z_d, z_o)
+        alpha = formulas.token_alpha(how.weight == "adaptive", how.alpha, how.epsilon, how.tvd_scale, tvd)
+        target = formulas.extrapolated(z_d if how.reward == "contrastive" else z_o, z_d, z_o, alpha)
+        kl = formulas.kl(response_logits(weights, shape, response), target)
         total = (how.beta0 / alpha * kl).sum()
         losses.append(total / len(kl) if how.normalize_by_length else total)
     return torch.stack(losses).mean()

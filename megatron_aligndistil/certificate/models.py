@@ -1,0 +1,127 @@
+"""Small random models and examples that every rank makes alike, in memory, whatever the layout."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_aligndistil.certificate import dense_model
+from megatron_aligndistil.models import families
+from megatron_aligndistil.models.architecture import Architecture
+from megatron_aligndistil.models.families.rules import Shape
+from megatron_aligndistil.models.families.table import hf_shapes
+from megatron_aligndistil.parallel.setup import Layout
+from megatron_aligndistil.types import Example, Sequence
+
+VOCAB_SIZE = 83  # a prime: no tensor-parallel size divides it
+ROLES = ("policy", "dpo", "reverse", "initial")
+
+
+def architecture_for(layout: Layout, tied: bool) -> Architecture:
+    """A model that the layout divides: biases, grouped queries, two layers or as many as stages need."""
+    stages = layout.pipeline * (layout.virtual_pipeline or 1)
+    key_heads = _multiple(4, layout.tensor)
+    return Architecture(
+        family="qwen2",
+        num_layers=_multiple(2, stages),
+        hidden_size=_multiple(32, layout.tensor),
+        ffn_hidden_size=_multiple(40, layout.tensor),
+        num_attention_heads=2 * key_heads,
+        num_query_groups=key_heads,
+        head_dim=4,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        qkv_bias=True,
+        qk_norm=False,
+        tied_embeddings=tied,
+    )
+
+
+def _multiple(least: int, unit: int) -> int:
+    return math.ceil(least / unit) * unit
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A tensor in memory, of which ``checkpoint`` takes slices."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.tensor.shape)
+
+    def take(self, dimension: int, start: int, stop: int) -> Tensor:
+        return self.tensor.narrow(dimension, start, stop - start)
+
+
+class InMemory:
+    """Weights under their Hugging Face names as ``checkpoint`` reads them."""
+
+    origin = Path("random weights")
+
+    def __init__(self, weights: dense_model.Weights) -> None:
+        self._weights = weights
+        self.shapes: dict[str, Shape] = {name: tuple(weight.shape) for name, weight in weights.items()}
+        self.dtypes = {name: weight.dtype for name, weight in weights.items()}
+
+    def part(self, name: str) -> _Whole:
+        return _Whole(self._weights[name])
+
+
+@dataclass(frozen=True)
+class World:
+    """Four random models of one architecture and examples for them; float64, on the host, the same on every rank."""
+
+    architecture: Architecture
+    examples: int = 8
+    _weights: dict[str, dense_model.Weights] = field(default_factory=dict)
+
+    def weights(self, role: str) -> dense_model.Weights:
+        """The weights of one of ``ROLES`` under Hugging Face names."""
+        if role not in self._weights:
+            shapes = hf_shapes(families.table_of(self.architecture), self.architecture)
+            generator = torch.Generator().manual_seed(ROLES.index(role))
+            made = {}
+            for name, shape in shapes.items():
+                noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+                made[name] = 1.0 + 0.1 * noise if "norm" in name else 0.25 * noise
+            self._weights[role] = made
+        return self._weights[role]
+
+    @property
+    def shape(self) -> dense_model.Shape:
+        """The architecture in the reference's terms."""
+        a = self.architecture
+        return dense_model.Shape(
+            a.num_layers, a.num_attention_heads, a.num_query_groups, a.head_dim, a.rms_norm_eps, a.rope_theta
+        )
+
+    @cached_property
+    def singles(self) -> list[Example]:
+        """One response each."""
+        return self._examples(1)
+
+    @cached_property
+    def pairs(self) -> list[Example]:
+        """A chosen and a rejected response each."""
+        return self._examples(2)
+
+    def _examples(self, sequences: int) -> list[Example]:
+        rng = np.random.default_rng(7 + sequences)
+        return [Example(f"{i}", tuple(self._sequence(rng) for _ in range(sequences))) for i in range(self.examples)]
+
+    def _sequence(self, rng: np.random.Generator) -> Sequence:
+        """A prompt of 1 to 6 tokens and a response of 1 to 14."""
+        prompt, response = int(rng.integers(1, 7)), int(rng.integers(1, 15))
+        vocabulary = self.architecture.vocab_size
+        return Sequence(rng.integers(0, vocabulary, prompt + response).astype(np.int32), prompt)
