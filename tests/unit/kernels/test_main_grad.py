@@ -27,18 +27,17 @@ class DDPParameter:
     def __init__(self, weight: Parameter, main_grad_dtype: torch.dtype) -> None:
         weight.main_grad = torch.zeros_like(weight, dtype=main_grad_dtype)  # type: ignore[attr-defined]
         weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
-        self.ready = 0
-        group = SimpleNamespace(register_grad_ready=self._register)
+        self.hooks_run = 0
         ddp: Any = SimpleNamespace(
-            param_to_bucket_group={weight: group},
+            param_to_bucket_group={weight: None},
             ddp_config=SimpleNamespace(overlap_grad_reduce=False),
-            force_all_reduce=False,
         )
         self.accumulator = weight.expand_as(weight).grad_fn.next_functions[0][0]
         self.accumulator.register_hook(DistributedDataParallel._make_backward_post_hook(ddp, weight))
+        self.accumulator.register_hook(self._count)
 
-    def _register(self, *_: Any) -> None:
-        self.ready += 1
+    def _count(self, *_: Any) -> None:
+        self.hooks_run += 1
 
 
 def _weight(dtype: torch.dtype) -> Parameter:
@@ -77,7 +76,7 @@ def test_every_part_of_the_gradient_arrives_once(
     tolerance = 2**-7 if main_grad_dtype == torch.bfloat16 else 1e-6
     assert relative_error(weight.main_grad, dense.grad) <= tolerance  # type: ignore[attr-defined]
     assert weight.grad is None
-    assert ddp.ready == MICRO_BATCHES
+    assert ddp.hooks_run == MICRO_BATCHES
 
 
 def test_bf16_head_accumulates_without_rounding_to_bf16() -> None:
