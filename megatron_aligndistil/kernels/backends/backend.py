@@ -68,6 +68,23 @@ class TargetScalars:
     alpha: Tensor
 
 
+def label_logits(logits_CV: Tensor, column_C: Tensor) -> Tensor:
+    """The labels' logits [C], 0 where the tile doesn't hold them."""
+    if not logits_CV.shape[1]:
+        return logits_CV.new_zeros(column_C.shape)
+    return logits_CV.gather(1, column_C.clamp(min=0)[:, None]).squeeze(1).where(column_C >= 0, 0.0)
+
+
+def put_label_gradient(logits_CV: Tensor, column_C: Tensor, max_C: Tensor, sum_C: Tensor, out_CV: Tensor) -> None:
+    """Writes 1 - pi over -pi at the labels. Anew, not onto -pi, which has been rounded to the type of ``out_CV``."""
+    if not logits_CV.shape[1]:
+        return
+    index_C1, held_C = column_C.clamp(min=0)[:, None], column_C >= 0
+    probability_C = (logits_CV.gather(1, index_C1).squeeze(1) - max_C).exp() / sum_C
+    label_C = (1 - probability_C).to(out_CV.dtype).where(held_C, out_CV.gather(1, index_C1).squeeze(1))
+    out_CV.scatter_(1, index_C1, label_C[:, None])
+
+
 class Backend(ABC):
     """The sweeps. ``m`` is a maximum, x = z - m, e = exp(x), s = sum e; words are [N, K, C]."""
 
@@ -80,11 +97,16 @@ class Backend(ABC):
 
     @abstractmethod
     def softmax_sums(self, logits_CV: Tensor) -> Tensor:
-        """(m, s, sum e x)."""
+        """(m, s)."""
 
     @abstractmethod
-    def softmax_gradient(self, logits_CV: Tensor, max_C: Tensor, sum_C: Tensor, out_CV: Tensor) -> None:
-        """-exp(z - max) / sum."""
+    def label_sums(self, logits_CV: Tensor, column_C: Tensor, entropy: bool) -> Tensor:
+        """(m, s, the label's logit, with ``entropy`` sum e x). ``column_C`` is -1 where the tile doesn't hold the label,
+        whose logit is 0 then."""
+
+    @abstractmethod
+    def label_gradient(self, logits_CV: Tensor, column_C: Tensor, max_C: Tensor, sum_C: Tensor, out_CV: Tensor) -> None:
+        """onehot(label) - exp(z - max) / sum."""
 
     @abstractmethod
     def total_variation(self, d_CV: Tensor, r_CV: Tensor, softmax_d: Softmax, softmax_r: Softmax) -> Tensor:

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_aligndistil.kernels.backends.backend import Backend, HeadProduct, Softmax, TargetScalars
+from megatron_aligndistil.kernels.backends.backend import (
+    Backend,
+    HeadProduct,
+    Softmax,
+    TargetScalars,
+    label_logits,
+    put_label_gradient,
+)
 from megatron_aligndistil.types import VocabHead
 
 
@@ -76,17 +83,25 @@ class NativeBackend(Backend):
         return NativeProduct(self.operators, hidden_TH, head, dtype)
 
     def softmax_sums(self, logits_CV: Tensor) -> Tensor:
-        return self.operators.softmax_sums(logits_CV.t())
+        return self.operators.softmax_sums(logits_CV.t())[:, :2]
 
-    def softmax_gradient(self, logits_CV: Tensor, max_C: Tensor, sum_C: Tensor, out_CV: Tensor) -> None:
+    def label_sums(self, logits_CV: Tensor, column_C: Tensor, entropy: bool) -> Tensor:
+        max_NC, sum_NC, weighted_NC = self.operators.softmax_sums(logits_CV.t()).unbind(1)
+        label_NC = torch.zeros_like(sum_NC)
+        label_NC[0] = label_logits(logits_CV, column_C)
+        words = (max_NC, sum_NC, label_NC)
+        return torch.stack((*words, weighted_NC) if entropy else words, 1)
+
+    def label_gradient(self, logits_CV: Tensor, column_C: Tensor, max_C: Tensor, sum_C: Tensor, out_CV: Tensor) -> None:
         self.operators.softmax_gradient(logits_CV.t(), max_C, sum_C, out_CV.t())
+        put_label_gradient(logits_CV, column_C, max_C, sum_C, out_CV)
 
     def total_variation(self, d_CV: Tensor, r_CV: Tensor, softmax_d: Softmax, softmax_r: Softmax) -> Tensor:
         return self.operators.total_variation(d_CV.t(), r_CV.t(), *softmax_d, *softmax_r)
 
     def target_sums(self, d_CV: Tensor, r_CV: Tensor, scalars: TargetScalars) -> Tensor:
         self.operators.target_and_gap(d_CV.t(), r_CV.t(), scalars.log_z_d, scalars.log_z_r, scalars.alpha)
-        return self.operators.softmax_sums(d_CV.t())[:, :2]
+        return self.softmax_sums(d_CV)
 
     def extrapolated_sums(self, p_CV: Tensor, d_CV: Tensor, r_CV: Tensor, scalars: TargetScalars) -> Tensor:
         return self.operators.extrapolated_sums(

@@ -8,7 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_aligndistil.kernels.backends.backend import Backend, HeadProduct, Softmax, TargetScalars
+from megatron_aligndistil.kernels.backends.backend import (
+    Backend,
+    HeadProduct,
+    Softmax,
+    TargetScalars,
+    label_logits,
+    put_label_gradient,
+)
 from megatron_aligndistil.types import VocabHead
 
 
@@ -73,11 +80,17 @@ class PyTorchBackend(Backend):
 
     def softmax_sums(self, logits_CV: Tensor) -> Tensor:
         max_C, x_CV = _shifted(logits_CV)
-        exp_CV = x_CV.exp()
-        return torch.stack((max_C, exp_CV.sum(-1), exp_CV.mul_(x_CV).sum(-1)))[None]
+        return torch.stack((max_C, x_CV.exp().sum(-1)))[None]
 
-    def softmax_gradient(self, logits_CV: Tensor, max_C: Tensor, sum_C: Tensor, out_CV: Tensor) -> None:
+    def label_sums(self, logits_CV: Tensor, column_C: Tensor, entropy: bool) -> Tensor:
+        max_C, x_CV = _shifted(logits_CV)
+        exp_CV = x_CV.exp()
+        words = [max_C, exp_CV.sum(-1), label_logits(logits_CV, column_C)]
+        return torch.stack([*words, exp_CV.mul_(x_CV).sum(-1)] if entropy else words)[None]
+
+    def label_gradient(self, logits_CV: Tensor, column_C: Tensor, max_C: Tensor, sum_C: Tensor, out_CV: Tensor) -> None:
         out_CV.copy_(_probabilities(logits_CV, max_C, -sum_C))
+        put_label_gradient(logits_CV, column_C, max_C, sum_C, out_CV)
 
     def total_variation(self, d_CV: Tensor, r_CV: Tensor, softmax_d: Softmax, softmax_r: Softmax) -> Tensor:
         difference_CV = _probabilities(d_CV, *softmax_d).sub_(_probabilities(r_CV, *softmax_r))

@@ -23,10 +23,13 @@ class TritonBackend(Backend):
         return PyTorchProduct(hidden_TH, head, dtype)
 
     def softmax_sums(self, logits_CV: Tensor) -> Tensor:
-        return softmax.softmax_sums(logits_CV, entropy=True)[None]
+        return softmax.softmax_sums(logits_CV)[None]
 
-    def softmax_gradient(self, logits_CV: Tensor, max_C: Tensor, sum_C: Tensor, out_CV: Tensor) -> None:
-        softmax.softmax_gradient(logits_CV, max_C, sum_C, out_CV)
+    def label_sums(self, logits_CV: Tensor, column_C: Tensor, entropy: bool) -> Tensor:
+        return softmax.label_sums(logits_CV, column_C, entropy)[None]
+
+    def label_gradient(self, logits_CV: Tensor, column_C: Tensor, max_C: Tensor, sum_C: Tensor, out_CV: Tensor) -> None:
+        softmax.label_gradient(logits_CV, column_C, max_C, sum_C, out_CV)
 
     def total_variation(self, d_CV: Tensor, r_CV: Tensor, softmax_d: Softmax, softmax_r: Softmax) -> Tensor:
         return extrapolation.total_variation(d_CV, r_CV, softmax_d, softmax_r)[None]

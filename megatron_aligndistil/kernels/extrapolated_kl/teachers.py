@@ -46,7 +46,7 @@ class TeacherPass:
         for columns in self.columns:
             self.d.logits(rows, columns, d_CV[:, columns])
             self.r.logits(rows, columns, r_CV[:, columns])
-            sums = (self.backend.softmax_sums(x_CV[:, columns])[:, :2] for x_CV in (d_CV, r_CV))
+            sums = (self.backend.softmax_sums(x_CV[:, columns]) for x_CV in (d_CV, r_CV))
             parts.append(torch.cat(tuple(sums), 1))
         max_KC, sum_KC = self._softmaxes(torch.cat(parts))
         softmax_d, softmax_r = (max_KC[0], sum_KC[0]), (max_KC[1], sum_KC[1])

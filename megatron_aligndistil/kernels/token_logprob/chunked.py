@@ -1,6 +1,6 @@
-"""Log-probability of a label from one sweep: words (m, s, the label's logit where this shard holds it, sum e x).
+"""Log-probability of a label from one sweep: words (m, s, the label's logit where this shard holds it).
 
-The last word is for the entropy alone, log s - E[x], and crosses the ranks only where that is asked for.
+A fourth word, sum e x, is for the entropy, log s - E[x], where that is asked for.
 
 Shapes: T tokens, C tokens of one chunk, V columns of a tile, N parts or ranks, K words.
 """
@@ -20,27 +20,20 @@ class LabelLogprob(Statistic):
     """log softmax(z)[label]; its gradient with respect to z is onehot(label) - softmax(z)."""
 
     others = ()
-    local_words = 4
     kept = 1
 
     def __init__(self, backend: Backend, labels_T: Tensor, head: VocabHead, entropy: bool) -> None:
         self.backend, self.entropy = backend, entropy
-        self.words = 4 if entropy else 3
+        self.words = self.local_words = 4 if entropy else 3
         self.column_T = labels_T - head.first_column
 
-    def _label(self, tile: Tile) -> tuple[Tensor, Tensor]:
-        """The label's column in the tile [C, 1], 0 where it isn't there, and whether it is [C]."""
+    def _columns(self, tile: Tile) -> Tensor:
+        """Where the tile holds the labels [C], -1 where it doesn't."""
         column_C = self.column_T[tile.rows] - tile.columns.start
-        held_C = (column_C >= 0) & (column_C < tile.columns.stop - tile.columns.start)
-        return column_C.where(held_C, 0)[:, None], held_C
+        return column_C.where((column_C >= 0) & (column_C < tile.columns.stop - tile.columns.start), -1)
 
     def partials(self, logits: list[Tensor], tile: Tile) -> Tensor:
-        sums_NKC = self.backend.softmax_sums(logits[0])
-        label_NC = torch.zeros_like(sums_NKC[:, 0])
-        if logits[0].shape[1]:
-            column_C1, held_C = self._label(tile)
-            label_NC[0] = logits[0].gather(1, column_C1).squeeze(1) * held_C
-        return torch.stack((*sums_NKC[:, :2].unbind(1), label_NC, sums_NKC[:, 2]), 1)
+        return self.backend.label_sums(logits[0], self._columns(tile), self.entropy)
 
     def combine(self, words_NKT: Tensor) -> Tensor:
         max_NT, sum_NT, label_NT, *rest = words_NKT.unbind(1)
@@ -59,11 +52,4 @@ class LabelLogprob(Statistic):
         self, logits: list[Tensor], tile: Tile, state: tuple[Tensor, ...], out_CV: Tensor, fresh: bool
     ) -> None:
         max_C, sum_C = state
-        self.backend.softmax_gradient(logits[0], max_C, sum_C, out_CV)
-        if not out_CV.shape[1]:
-            return
-        column_C1, held_C = self._label(tile)
-        # Anew, not onto the stored -pi: that has been rounded to the type of ``out_CV``.
-        probability_C = (logits[0].gather(1, column_C1).squeeze(1) - max_C).exp() / sum_C
-        label_C = (1 - probability_C).to(out_CV.dtype).where(held_C, out_CV.gather(1, column_C1).squeeze(1))
-        out_CV.scatter_(1, column_C1, label_C[:, None])
+        self.backend.label_gradient(logits[0], self._columns(tile), max_C, sum_C, out_CV)

@@ -83,13 +83,12 @@ class KernelResources:
 
 def sweeps() -> Iterator[Sweep]:
     """Every kernel in every variant that a launcher can ask for."""
-    for label in (False, True):
-        name, with_label = "label" if label else "softmax", ("LABEL", label)
-        for entropy in (False, True):
-            constants = (with_label, ("ENTROPY", entropy))
-            yield Sweep(softmax._sums, f"{name}_sums{' entropy' * entropy}", 1, None, constants)
-        for out in _OUT_BYTES:
-            yield Sweep(softmax._gradient, f"{name}_gradient {out}", 1, out, (with_label,))
+    yield Sweep(softmax._sums, "softmax_sums", 1, None, (("LABEL", False), ("ENTROPY", False)))
+    for entropy in (False, True):
+        constants = (("LABEL", True), ("ENTROPY", entropy))
+        yield Sweep(softmax._sums, f"label_sums{' entropy' * entropy}", 1, None, constants)
+    for out in _OUT_BYTES:
+        yield Sweep(softmax._label_gradient, f"label_gradient {out}", 1, out)
     for from_other in (False, True):
         suffix, direction = " from_other" * from_other, (("FROM_OTHER", from_other),)
         yield Sweep(token_kl._token_kl_sums, f"token_kl_sums{suffix}", 2, None, direction)

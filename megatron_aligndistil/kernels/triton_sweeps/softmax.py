@@ -1,4 +1,4 @@
-"""Softmax sums, their gradient, and those of a label's log-probability.
+"""Softmax sums, and a label's log-probability with its gradient.
 
 Shapes: C tokens of a chunk, V columns of a shard or of a tile of it.
 """
@@ -24,16 +24,16 @@ from megatron_aligndistil.kernels.triton_sweeps.launching import (
 from megatron_aligndistil.kernels.triton_sweeps.online import block_of, exp, rise
 
 
-def softmax_sums(logits_CV: Tensor, entropy: bool) -> Tensor:
-    """(m, s, with ``entropy`` also sum of e x), x = z - m, e = exp(x): fp32 [2 or 3, C]. Reads 4 bytes a logit."""
+def softmax_sums(logits_CV: Tensor) -> Tensor:
+    """(m, s), s = sum of exp(z - m): fp32 [2, C]. Reads 4 bytes a logit."""
     check_logits(logits_CV)
-    words_KC = empty_words(logits_CV, 2 + entropy, maxima=(0,))
+    words_KC = empty_words(logits_CV, 2, maxima=(0,))
     operands = (logits_CV, logits_CV.stride(0), logits_CV)
-    return run_rows(_sums, words_KC, logits_CV.shape[1], *operands, LABEL=False, ENTROPY=entropy)
+    return run_rows(_sums, words_KC, logits_CV.shape[1], *operands, LABEL=False, ENTROPY=False)
 
 
 def label_sums(logits_CV: Tensor, column_C: Tensor, entropy: bool) -> Tensor:
-    """(m, s, the label's logit, with ``entropy`` also sum of e x): fp32 [3 or 4, C].
+    """(m, s, the label's logit, with ``entropy`` also sum of e x), x = z - m, e = exp(x): fp32 [3 or 4, C].
 
     column_C  int64: where these columns hold the label, -1 where they don't (then its logit is 0)
     Reads 4 bytes a logit.
@@ -45,21 +45,14 @@ def label_sums(logits_CV: Tensor, column_C: Tensor, entropy: bool) -> Tensor:
     return run_rows(_sums, words_KC, logits_CV.shape[1], *operands, LABEL=True, ENTROPY=entropy)
 
 
-def softmax_gradient(logits_CV: Tensor, max_C: Tensor, sum_C: Tensor, out_CV: Tensor) -> None:
-    """Writes -pi to ``out_CV``, pi = exp(z - max) / sum. Reads 4 bytes a logit."""
-    check_logits(logits_CV)
-    check_rows(logits_CV, max_C, sum_C)
-    check_gradient(logits_CV, out_CV)
-    run_tiles(_gradient, out_CV, logits_CV, logits_CV.stride(0), logits_CV, max_C, sum_C, LABEL=False)
-
-
 def label_gradient(logits_CV: Tensor, column_C: Tensor, max_C: Tensor, sum_C: Tensor, out_CV: Tensor) -> None:
-    """Writes onehot(label) - pi to ``out_CV``, ``column_C`` as in ``label_sums``. Reads 4 bytes a logit."""
+    """Writes onehot(label) - pi to ``out_CV``, pi = exp(z - max) / sum, columns as in ``label_sums``. Reads 4 bytes a
+    logit."""
     check_logits(logits_CV)
     check_rows(logits_CV, column_C, dtype=torch.int64)
     check_rows(logits_CV, max_C, sum_C)
     check_gradient(logits_CV, out_CV)
-    run_tiles(_gradient, out_CV, logits_CV, logits_CV.stride(0), column_C, max_C, sum_C, LABEL=True)
+    run_tiles(_label_gradient, out_CV, logits_CV, logits_CV.stride(0), column_C, max_C, sum_C)
 
 
 @tuned
@@ -104,22 +97,20 @@ def _sums(
 
 
 @triton.jit
-def _gradient(
+def _label_gradient(
     logits,
     logits_stride,
-    column,  # anything without LABEL
+    column,
     max_logit,
     sum_exp,
     out,
     out_stride,
     columns,
-    LABEL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row, offset, held = block_of(columns, BLOCK)
     z = tl.load(logits + row * logits_stride + offset, mask=held, other=0.0)
     gradient = exp(z - tl.load(max_logit + row)) * (-1.0 / tl.load(sum_exp + row))
-    if LABEL:
-        # Before the rounding to the type of ``out``: 1 - pi is small where the label is likely.
-        gradient = tl.where(offset == tl.load(column + row), 1.0 + gradient, gradient)
+    # Before the rounding to the type of ``out``: 1 - pi is small where the label is likely.
+    gradient = tl.where(offset == tl.load(column + row), 1.0 + gradient, gradient)
     tl.store(out + row * out_stride + offset, gradient.to(out.dtype.element_ty), mask=held)

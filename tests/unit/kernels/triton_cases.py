@@ -108,7 +108,6 @@ def formulas(case: Problem, dtype: torch.dtype) -> Answers:
     w, kl_gap = global_x - t, global_x - (d - scalar["other_max"])
     return {
         "softmax_sums": _sums(max_p, e),
-        "softmax_sums entropy": _sums(max_p, e, e * x),
         "label_sums": _sums(max_p, e, p * onehot),
         "label_sums entropy": _sums(max_p, e, p * onehot, e * x),
         "total_variation": (_sums((other_pi - third_pi).abs() / 2)[0], _sums(other_pi + third_pi)[1]),
@@ -116,7 +115,6 @@ def formulas(case: Problem, dtype: torch.dtype) -> Answers:
         "extrapolated_sums": _sums(max_p, e, e * (x - t), e * gap),
         "token_kl_sums": _sums(max_p, e, e * (x - other_x), max_d, other_e),
         "token_kl_sums from_other": _sums(max_p, e, other_e * (x - other_x), max_d, other_e),
-        "softmax_gradient": (-pi, pi),
         "label_gradient": (onehot - pi, onehot + pi),
         "extrapolated_gradient": (pi * (w - scalar["mean"]), pi * (w.abs() + scalar["mean"].abs())),
         "token_kl_gradient": (pi * (kl_gap - scalar["kl_mean"]), pi * (kl_gap.abs() + scalar["kl_mean"].abs())),
@@ -140,8 +138,7 @@ def _softmaxes(case: Problem) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tens
 
 
 STATISTICS: dict[str, Callable[[Problem], Tensor]] = {
-    "softmax_sums": lambda case: softmax.softmax_sums(case.p_CV, entropy=False),
-    "softmax_sums entropy": lambda case: softmax.softmax_sums(case.p_CV, entropy=True),
+    "softmax_sums": lambda case: softmax.softmax_sums(case.p_CV),
     "label_sums": lambda case: softmax.label_sums(case.p_CV, case.column_C, entropy=False),
     "label_sums entropy": lambda case: softmax.label_sums(case.p_CV, case.column_C, entropy=True),
     "total_variation": lambda case: extrapolation.total_variation(case.d_CV, case.r_CV, *_softmaxes(case)),
@@ -155,9 +152,7 @@ STATISTICS: dict[str, Callable[[Problem], Tensor]] = {
 def write_gradient(name: str, case: Problem, out_CV: Tensor) -> None:
     """The gradient's launcher of that name, on ``out_CV``."""
     made = row_scalars(case)
-    if name == "softmax_gradient":
-        softmax.softmax_gradient(case.p_CV, made["max"], made["sum"], out_CV)
-    elif name == "label_gradient":
+    if name == "label_gradient":
         softmax.label_gradient(case.p_CV, case.column_C, made["max"], made["sum"], out_CV)
     elif name == "extrapolated_gradient":
         state = (made["max"], made["sum"], made["mean"])
@@ -168,7 +163,6 @@ def write_gradient(name: str, case: Problem, out_CV: Tensor) -> None:
 
 
 GRADIENTS = {  # how many of the logits tensors each reads
-    "softmax_gradient": 1,
     "label_gradient": 1,
     "extrapolated_gradient": 3,
     "token_kl_gradient": 2,
@@ -267,7 +261,7 @@ def edges() -> dict[str, Any]:
     empty = Problem(*(z[:0] for z in no_row.logits), no_row.column_C[:0], no_row.alpha_C[:0])
     scalars = _scalars(no_column)
     words = {
-        "softmax_sums": softmax.softmax_sums(narrow.p_CV, entropy=False),
+        "softmax_sums": softmax.softmax_sums(narrow.p_CV),
         "label_sums entropy": softmax.label_sums(narrow.p_CV, narrow.column_C, entropy=True),
         "total_variation": extrapolation.total_variation(narrow.d_CV, narrow.r_CV, scalars[:2], scalars[:2]),
         "target_sums": extrapolation.target_sums(narrow.d_CV, narrow.r_CV, scalars),
@@ -280,7 +274,7 @@ def edges() -> dict[str, Any]:
     return {
         "no column": {name: [[str(x) for x in word] for word in w.tolist()] for name, w in words.items()},
         "no row": [list(launch(empty).shape) for launch in (STATISTICS["softmax_sums"], STATISTICS["target_sums"])],
-        "masked": float((softmax.softmax_sums(masked_CV, entropy=False) / expected - 1).abs().max()),
+        "masked": float((softmax.softmax_sums(masked_CV) / expected - 1).abs().max()),
     }
 
 
@@ -289,8 +283,8 @@ def refusals() -> dict[str, str]:
     case = problem(3, 7, "moderate")
     z_CV, column_C, row_C = case.p_CV, case.column_C, case.alpha_C
     wrong: dict[str, Callable[[], object]] = {
-        "torch.float64": lambda: softmax.softmax_sums(z_CV.double(), entropy=False),
-        "strides (1, 3)": lambda: softmax.softmax_sums(z_CV.t().contiguous().t(), entropy=False),
+        "torch.float64": lambda: softmax.softmax_sums(z_CV.double()),
+        "strides (1, 3)": lambda: softmax.softmax_sums(z_CV.t().contiguous().t()),
         "[3, 6]": lambda: token_kl.token_kl_sums(z_CV, z_CV[:, :6], from_other=False),
         "torch.int32": lambda: softmax.label_sums(z_CV, column_C.int(), entropy=False),
         "[2]": lambda: extrapolation.total_variation(z_CV, z_CV, (row_C, row_C), (row_C, row_C[:2])),
