@@ -101,8 +101,10 @@ class Backend(ABC):
 
     @abstractmethod
     def label_sums(self, logits_CV: Tensor, column_C: Tensor, entropy: bool) -> Tensor:
-        """(m, s, the label's logit, with ``entropy`` sum e x). ``column_C`` is -1 where the tile doesn't hold the label,
-        whose logit is 0 then."""
+        """(m, s, the label's logit, with ``entropy`` sum e x).
+
+        ``column_C`` is -1 where the tile doesn't hold the label, whose logit is 0 then.
+        """
 
     @abstractmethod
     def label_gradient(self, logits_CV: Tensor, column_C: Tensor, max_C: Tensor, sum_C: Tensor, out_CV: Tensor) -> None:
