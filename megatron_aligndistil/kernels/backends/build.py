@@ -9,6 +9,8 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "native_source"
 FLAGS = (
-    *("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fopenmp"),
+    *("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp"),
     # Contractions and quiet maths for the vector loops; no -ffast-math, since infinities have a meaning here.
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )
@@ -60,7 +62,6 @@ def native_takes(dtype: torch.dtype) -> bool:
 
 
 def _built(compiler: str) -> Path:
-    torch_folder = Path(torch.__file__).parent
     sources = sorted(SOURCES.glob("*.cpp"))
     identity = hashlib.sha256()
     for part in (torch.__version__, compiler, *FLAGS, _processor(), *(path.read_text() for path in sources)):
@@ -74,12 +75,27 @@ def _built(compiler: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first rank compiles, the others wait
         if not library.exists():
             logger.info("kernels: compiling the CPU loops, once")
-            unfinished = library.with_suffix(f".{os.getpid()}")
-            command = [compiler, *FLAGS, "-isystem", str(torch_folder / "include"), *map(str, sources)]
-            command += ["-o", str(unfinished), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
-            unfinished.replace(library)
+            _compile(compiler, sources, library)
     return library
+
+
+def _compile(compiler: str, sources: list[Path], library: Path) -> None:
+    """The sources side by side, then one library, which appears whole."""
+    torch_folder = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder, ThreadPoolExecutor() as pool:
+        objects = [Path(folder) / f"{source.stem}.o" for source in sources]
+
+        def run(*arguments: str) -> None:
+            command = [compiler, *FLAGS, *arguments]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+
+        def compile_one(source: Path, to: Path) -> None:
+            run("-isystem", str(torch_folder / "include"), "-c", str(source), "-o", str(to))
+
+        list(pool.map(compile_one, sources, objects))
+        linked = Path(folder) / library.name
+        run("-shared", *map(str, objects), "-o", str(linked), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10")
+        linked.replace(library)
 
 
 def _processor() -> str:

@@ -1,8 +1,9 @@
 // The kernels' products for CPUs: fp32 or bf16 factors, fp32 results. PyTorch's own bf16 products round their results.
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
 #include <sys/mman.h>
 #include <torch/library.h>
 

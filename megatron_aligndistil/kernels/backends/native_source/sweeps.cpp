@@ -3,8 +3,9 @@
 //
 // Shapes: V vocabulary entries of a tile, C tokens of a chunk, P parts of the vocabulary (one a thread).
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>
