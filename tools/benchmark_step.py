@@ -124,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence: 512")
     parser.add_argument("--prompt", type=int, default=128, help="of them the prompt's: 128")
     parser.add_argument("--micro-batch", type=int, default=8, help="sequences that go through a model at once: 8")
-    parser.add_argument("--recompute", action="store_true", help="recompute the layers' activations, on both sides")
+    parser.add_argument(
+        "--recompute", choices=["none", "ours", "both"], default="none", help="whose layers' activations are recomputed"
+    )
     parser.add_argument("--dtype", choices=("bf16", "fp32"), action="append", help="may be given twice: fp32")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each: 5")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each process")

@@ -36,7 +36,7 @@ class StepProblem:
     rows         sequences of the batch, ``length`` tokens each, of which the first ``prompt`` are the prompt
     micro_batch  rows that go through a model at once
     bf16         products in bf16 with fp32 main weights; otherwise all in fp32
-    recompute    every layer's activations are recomputed in the backward pass
+    recompute    whose layers' activations are recomputed in the backward pass: none, ours, both
     """
 
     models: tuple[str, str, str]
@@ -45,7 +45,7 @@ class StepProblem:
     prompt: int
     micro_batch: int
     bf16: bool
-    recompute: bool
+    recompute: str
 
     def tokens(self, vocab_size: int) -> np.ndarray:
         """Token ids [rows, length], int32."""

@@ -62,7 +62,7 @@ class Plain(Side):
         policy, dpo, reverse_dpo = problem.models
         self.policy = load(policy, dtype=torch.float32).to(self.device).train()
         self.teachers = [load(path, dtype=half).to(self.device).eval() for path in (dpo, reverse_dpo)]
-        if problem.recompute:
+        if problem.recompute == "both":
             self.policy.gradient_checkpointing_enable()
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=ADAM_EPS, weight_decay=0.0
@@ -116,7 +116,7 @@ class Ours(Side):
             max_sequence_length=problem.length,
             vocab_divisible_by=config.model.make_vocab_size_divisible_by,
             transformer_engine=transformer_engine_usable(),
-            recompute=Recompute("full", "uniform", 1) if problem.recompute else Recompute(),
+            recompute=Recompute("full", "uniform", 1) if problem.recompute != "none" else Recompute(),
         )
 
         def model(path: str) -> list[Any]:

@@ -268,9 +268,15 @@ Tensor token_kl_sums(const Tensor& p_, const Tensor& q_, bool weight_by_second) 
   return words;
 }
 
+// Apart from the loops around it, where the compiler would give up making a vector loop of it.
+template <class Row>
+[[gnu::noinline]] void write_row(const Row& row, int64_t v, float* out) {
+  row(v, out);
+}
+
 // row(v, out) writes row v of the gradient in fp32; it is rounded to the type of out.
 template <class Row>
-void write_rows(const Tensor& out, Row row) {
+void write_rows(const Tensor& out, const Row& row) {
   TORCH_CHECK(out.stride(1) == 1 || out.size(1) <= 1);
   const int64_t stride = out.stride(0), tokens = out.size(1);
   const bool narrow = out.scalar_type() == at::kBFloat16;
@@ -279,10 +285,10 @@ void write_rows(const Tensor& out, Row row) {
     std::vector<float> wide(narrow ? tokens : 0);
     for (int64_t v = begin; v < end; ++v) {
       if (!narrow) {
-        row(v, static_cast<float*>(data) + v * stride);
+        write_row(row, v, static_cast<float*>(data) + v * stride);
         continue;
       }
-      row(v, wide.data());
+      write_row(row, v, wide.data());
       const float* from = wide.data();
       uint16_t* to = static_cast<uint16_t*>(data) + v * stride;
       VECTORIZE for (int64_t c = 0; c < tokens; ++c) to[c] = bf16_bits(from[c]);
@@ -308,19 +314,23 @@ void extrapolated_gradient(const Tensor& p_, const Tensor& t_, const Tensor& max
 // to_other: pi (x - y - mean); otherwise pi - pi'. state: m, s, mean, m', s'.
 void token_kl_gradient(const Tensor& p_, const Tensor& q_, at::TensorList state, bool to_other, const Tensor& out) {
   const Tile p(p_), q(q_);
-  const float *m = values(state[0]), *s = values(state[1]), *mean = values(state[2]), *n = values(state[3]),
-              *u = values(state[4]);
-  write_rows(out, [=](int64_t v, float* row) {
-    const float *pv = p.row(v), *qv = q.row(v);
-    if (to_other)
+  const Tensor inverse_C = state[1].reciprocal(), other_inverse_C = state[4].reciprocal();
+  const float *m = values(state[0]), *inverse = values(inverse_C), *mean = values(state[2]), *n = values(state[3]),
+              *other_inverse = values(other_inverse_C);
+  if (to_other)
+    write_rows(out, [=](int64_t v, float* row) {
+      const float *pv = p.row(v), *qv = q.row(v);
       VECTORIZE for (int64_t c = 0; c < p.tokens; ++c) {
         const float x = pv[c] - m[c];
-        row[c] = exp_of(x) / s[c] * (x - (qv[c] - n[c]) - mean[c]);
+        row[c] = exp_of(x) * inverse[c] * (x - (qv[c] - n[c]) - mean[c]);
       }
-    else
+    });
+  else
+    write_rows(out, [=](int64_t v, float* row) {
+      const float *pv = p.row(v), *qv = q.row(v);
       VECTORIZE for (int64_t c = 0; c < p.tokens; ++c)
-        row[c] = exp_of(pv[c] - m[c]) / s[c] - exp_of(qv[c] - n[c]) / u[c];
-  });
+        row[c] = exp_of(pv[c] - m[c]) * inverse[c] - exp_of(qv[c] - n[c]) * other_inverse[c];
+    });
 }
 
 // -pi; the label's one is added by the caller.
