@@ -69,8 +69,13 @@ HABITS = {
 
 @dataclass(frozen=True)
 class Size:
-    """A call: T tokens, V columns, the device's type, how many models' logits a tile has and how many of them the
-    gradient takes, and bytes of an operand and of a statistic."""
+    """A call.
+
+    tokens, columns                 T, and the columns of a shard with its padding
+    device                          a key of ``HABITS``
+    models, kept                    whose logits a tile has, and how many of them the gradient takes
+    operand_bytes, statistic_bytes  of one number
+    """
 
     tokens: int
     columns: int

@@ -85,10 +85,14 @@ class Tiles:
 
     @classmethod
     def of(cls, policy: HeadProduct, statistic: Statistic, settings: KernelSettings, wants_gradient: bool) -> Tiles:
-        """Tiles as the settings and the device want them."""
+        """Tiles as the settings and the device want them.
+
+        From the padded columns, which are as many on every rank: the plans differ in their collectives, so ranks whose
+        shards are part padding must not choose another.
+        """
         size = Size(
             tokens=policy.hidden_TH.shape[0],
-            columns=policy.weight_VH.shape[0],
+            columns=policy.padded_columns,
             device=device_type(policy.hidden_TH),
             models=1 + len(statistic.others),
             kept=statistic.kept,

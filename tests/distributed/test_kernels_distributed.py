@@ -11,9 +11,10 @@ from megatron_aligndistil.kernels.extrapolated_kl import Teacher, extrapolated_k
 from megatron_aligndistil.kernels.partials import gather_partials
 from megatron_aligndistil.kernels.settings import KernelSettings
 from megatron_aligndistil.kernels.token_kl import token_kl
+from megatron_aligndistil.kernels.token_kl.reference import dense_token_kl
 from megatron_aligndistil.kernels.token_logprob import token_logprob, token_logprob_and_entropy
 from tests.distributed.harness import run_ranks
-from tests.unit.kernels.problems import ADAPTIVE, Shape, models
+from tests.unit.kernels.problems import ADAPTIVE, Shape, models, relative_error
 
 SHAPE = Shape(vocab=61, padded=64)  # 13 tokens; the last shard is part padding
 
@@ -72,6 +73,25 @@ def _no_tokens() -> None:
 
 def test_no_token_on_any_rank() -> None:
     run_ranks(2, _no_tokens)
+
+
+def _uneven_shards() -> list[tuple[str, int]]:
+    """13 entries on two shards of 32: the second is all padding, and by itself would fit the workspace."""
+    settings = KernelSettings(chunk_tokens=5, workspace_bytes=500)
+    policy, other = models(Shape(vocab=13, padded=64), torch.float32, count=2)
+    place = (dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+    hidden_TH, head = policy.leaf(*place)
+    other_leaf = other.leaf(*place)
+    kl_T, recorder = recorded(lambda: token_kl(hidden_TH, head, *other_leaf, settings))
+    expected_T = dense_token_kl(policy.hidden_TH, policy.weight_VH, other.hidden_TH, other.weight_VH, 13)
+    assert relative_error(kl_T.detach(), expected_T) <= 1e-5
+    return recorder.collectives
+
+
+def test_ranks_with_uneven_shards_choose_the_same_plan() -> None:
+    first, second = run_ranks(2, _uneven_shards, timeout_seconds=60)
+    assert first == second
+    assert len(first) == 1
 
 
 def _gather_ranks() -> None:

@@ -30,6 +30,7 @@ class HeadProduct(ABC):
     def __init__(self, hidden_TH: Tensor, head: VocabHead, dtype: torch.dtype) -> None:
         self.hidden_TH, self.dtype = hidden_TH.detach(), dtype
         self.weight_VH = head.weight.detach()[: head.valid_columns]
+        self.padded_columns = head.weight.shape[0]
         self.temperature = head.temperature
 
     @property

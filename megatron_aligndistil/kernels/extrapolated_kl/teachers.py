@@ -28,7 +28,7 @@ class TeacherPass:
     ) -> None:
         self.backend, self.d, self.r, self.group = backend, d, r, group
         self.tokens, self.width = d.hidden_TH.shape[0], d.weight_VH.shape[0]
-        size = Size(self.tokens, self.width, device_type(d.hidden_TH), 2, 2, 0, d.dtype.itemsize)
+        size = Size(self.tokens, d.padded_columns, device_type(d.hidden_TH), 2, 2, 0, d.dtype.itemsize)
         self.tiling = Tiling.choose(replace(settings, plan="store"), size, wants_gradient=True)
         self.columns = list(slices(self.width, self.tiling.tile_columns)) or [slice(0, 0)]
 
