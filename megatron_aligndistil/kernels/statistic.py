@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,9 +78,10 @@ class Tiles:
     """The tiles of a call, and their logits."""
 
     def __init__(self, policy: HeadProduct, statistic: Statistic, tiling: Tiling) -> None:
-        self.policy, self.statistic, self.tiling = policy, statistic, tiling
+        self.policy, self.statistic = policy, statistic
         self.products = (policy, *statistic.others)
         self.tokens, self.width = policy.hidden_TH.shape[0], policy.weight_VH.shape[0]
+        self.tiling = replace(tiling, tile_columns=max(1, min(tiling.tile_columns, self.width)))
         self.columns = list(slices(self.width, tiling.tile_columns)) or [slice(0, 0)]
 
     @classmethod
