@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_aligndistil.certificate import dense_model
+from megatron_aligndistil.checkpoint.sources import MemoryPart
 from megatron_aligndistil.models import families
 from megatron_aligndistil.models.architecture import Architecture
 from megatron_aligndistil.models.families.rules import Shape
@@ -50,20 +50,6 @@ def _multiple(least: int, unit: int) -> int:
     return math.ceil(least / unit) * unit
 
 
-@dataclass(frozen=True)
-class _Whole:
-    """A tensor in memory, of which ``checkpoint`` takes slices."""
-
-    tensor: Tensor
-
-    @property
-    def shape(self) -> Shape:
-        return tuple(self.tensor.shape)
-
-    def take(self, dimension: int, start: int, stop: int) -> Tensor:
-        return self.tensor.narrow(dimension, start, stop - start)
-
-
 class InMemory:
     """Weights under their Hugging Face names as ``checkpoint`` reads them."""
 
@@ -74,8 +60,8 @@ class InMemory:
         self.shapes: dict[str, Shape] = {name: tuple(weight.shape) for name, weight in weights.items()}
         self.dtypes = {name: weight.dtype for name, weight in weights.items()}
 
-    def part(self, name: str) -> _Whole:
-        return _Whole(self._weights[name])
+    def part(self, name: str) -> MemoryPart:
+        return MemoryPart(self._weights[name])
 
 
 @dataclass(frozen=True)

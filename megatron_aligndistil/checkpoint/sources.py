@@ -98,7 +98,9 @@ class SafetensorsFolder:
 
 
 @dataclass(frozen=True)
-class _MemoryPart:
+class MemoryPart:
+    """A tensor in memory, of which slices are taken."""
+
     tensor: Tensor
 
     @property
@@ -140,7 +142,7 @@ class GGUFFile:
             for module, count in heads.items():
                 if f".{module}." in name:
                     tensor = _rotary_halves(tensor, count)
-        return _MemoryPart(tensor)
+        return MemoryPart(tensor)
 
 
 def _rotary_halves(weight: Tensor, heads: int) -> Tensor:
