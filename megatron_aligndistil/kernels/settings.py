@@ -109,8 +109,23 @@ class Tiling:
         stored = wants_gradient and (settings.plan == "store" or (settings.plan == "auto" and held <= workspace))
         if not stored:
             chunk = max(1, min(size.tokens, settings.chunk_tokens or habits.chunk))
+        return cls._of(stored, chunk, workspace, size)
+
+    @classmethod
+    def resident(cls, settings: KernelSettings, size: Size) -> Tiling:
+        """A chunk's logits over all columns at once, of as many tokens as the workspace takes."""
+        habits = HABITS[size.device]
+        workspace = settings.workspace_bytes or habits.workspace_bytes
+        columns = max(1, size.columns)
+        room = workspace // (columns * size.kept * size.statistic_bytes)
+        chunk = max(1, min(size.tokens, settings.chunk_tokens or min(habits.stored_chunk, room)))
+        return cls._of(True, chunk, workspace, size)
+
+    @classmethod
+    def _of(cls, stored: bool, chunk: int, workspace: int, size: Size) -> Tiling:
+        habits = HABITS[size.device]
         elements = habits.tile_elements or workspace // (size.models * size.statistic_bytes)
-        return cls(stored, chunk, max(1, min(columns, elements // chunk)), habits.stored_columns)
+        return cls(stored, chunk, max(1, min(size.columns, elements // chunk)), habits.stored_columns)
 
 
 def slices(length: int, step: int) -> Iterator[slice]:

@@ -8,8 +8,6 @@ Shapes: T tokens, C tokens of one chunk, V true vocabulary entries of this shard
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -29,7 +27,7 @@ class TeacherPass:
         self.backend, self.d, self.r, self.group = backend, d, r, group
         self.tokens, self.width = d.hidden_TH.shape[0], d.weight_VH.shape[0]
         size = Size(self.tokens, d.padded_columns, device_type(d.hidden_TH), 2, 2, 0, d.dtype.itemsize)
-        self.tiling = Tiling.choose(replace(settings, plan="store"), size, wants_gradient=True)
+        self.tiling = Tiling.resident(settings, size)
         self.columns = list(slices(self.width, self.tiling.tile_columns)) or [slice(0, 0)]
 
     def scalars(self, extrapolation: Extrapolation) -> TeacherScalars:

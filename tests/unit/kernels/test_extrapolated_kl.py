@@ -234,6 +234,14 @@ def test_plan_is_chosen_by_the_workspace() -> None:
     assert Tiling.choose(KernelSettings(), replace(size, tokens=1024), wants_gradient=True).stored
 
 
+def test_teachers_logits_fit_the_workspace() -> None:
+    size = Size(4096, 151936, "cpu", models=2, kept=2, operand_bytes=2, statistic_bytes=4)
+    a_token = 151936 * 2 * 4
+    for workspace, tokens in ((7 * a_token, 7), (7 * a_token - 1, 6), (1, 1), (None, 128)):
+        assert Tiling.resident(KernelSettings(workspace_bytes=workspace), size).chunk_tokens == tokens
+    assert Tiling.resident(KernelSettings(workspace_bytes=1, chunk_tokens=5), size).chunk_tokens == 5
+
+
 def test_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="mode must be 'adaptive' or 'constant', got 'adaptiv'"):
         Extrapolation(mode="adaptiv", alpha=1.0, epsilon=1e-3, tvd_scale=1.0)  # type: ignore[arg-type]
