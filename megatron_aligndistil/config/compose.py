@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from megatron_aligndistil.config.atomic import write_text
 from megatron_aligndistil.config.schema import AlignDistilRunConfig, DPORunConfig, RunConfig, SFTRunConfig
 from megatron_aligndistil.errors import ConfigError
 
@@ -110,15 +110,7 @@ def save_resolved(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Write ``to_yaml(config)`` to ``path`` atomically, making its folder where needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(to_yaml(config))
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a run's config from the rest of its group
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_text(path, to_yaml(config))
 
 
 def _compose(

@@ -58,13 +58,7 @@ def run(config: RunConfig) -> None:
         UserError: bad input, in one line.
     """
     model = config.model
-    layout = Layout(
-        tensor=model.tensor_model_parallel_size,
-        pipeline=model.pipeline_model_parallel_size,
-        virtual_pipeline=model.virtual_pipeline_model_parallel_size,
-        context=model.context_parallel_size,
-        sequence_parallel=model.sequence_parallel,
-    )
+    layout = Layout.of(model)
     setup.initialize(layout, model.seed, config.trainer.accelerator, config.trainer.timeout_minutes)
     try:
         _train(config, layout)

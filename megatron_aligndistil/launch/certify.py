@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_aligndistil.config.atomic import write_text
 from megatron_aligndistil.config.certify import CertifyConfig, as_run, check_processes
 from megatron_aligndistil.config.compose import load_overrides
 from megatron_aligndistil.config.schema import RunConfig
@@ -72,13 +73,7 @@ def _certify(config: CertifyConfig, run: RunConfig) -> list[Finding]:
     from megatron_aligndistil.parallel import setup
 
     model = run.model
-    layout = setup.Layout(
-        tensor=model.tensor_model_parallel_size,
-        pipeline=model.pipeline_model_parallel_size,
-        virtual_pipeline=model.virtual_pipeline_model_parallel_size,
-        context=model.context_parallel_size,
-        sequence_parallel=model.sequence_parallel,
-    )
+    layout = setup.Layout.of(model)
     setup.initialize(layout, model.seed, run.trainer.accelerator, run.trainer.timeout_minutes)
     try:
         return certify(
@@ -102,21 +97,8 @@ def _show(findings: Sequence[Finding], json_file: str | None) -> None:
         print(to_json(findings), end="", flush=True)
         return
     if json_file is not None:
-        _write(Path(json_file), to_json(findings))
+        write_text(Path(json_file), to_json(findings))
     print(markdown_table(HEADER, rows(findings)), summary(findings), sep="\n\n", flush=True)
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file or none of it."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _check_writable(json_file: str | None) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_aligndistil.config.schema import ModelConfig
 from megatron_aligndistil.errors import ConfigError
 from megatron_aligndistil.parallel import cpu
 
@@ -27,6 +28,17 @@ class Layout:
     virtual_pipeline: int | None = None
     context: int = 1
     sequence_parallel: bool = False
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Layout:
+        """The layout that a run's configuration asks for."""
+        return cls(
+            tensor=model.tensor_model_parallel_size,
+            pipeline=model.pipeline_model_parallel_size,
+            virtual_pipeline=model.virtual_pipeline_model_parallel_size,
+            context=model.context_parallel_size,
+            sequence_parallel=model.sequence_parallel,
+        )
 
     @property
     def replica_size(self) -> int:
