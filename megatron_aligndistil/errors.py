@@ -22,3 +22,7 @@ class CheckpointError(UserError, RuntimeError):
 
 class TrainingError(UserError, RuntimeError):
     """Training that cannot go on: a non-finite loss or gradient."""
+
+
+class RolloutError(UserError, RuntimeError):
+    """A generation engine or a reward that cannot be used."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -51,11 +51,29 @@ class Sequence:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A response that an engine has drawn. ``tokens`` is int32 [T], its end token included where it reached one.
+
+    logprobs       float32 [T], nats, of the engine's own model at temperature 1, whatever was drawn from
+    finish_reason  "stop" at an end token, "length" where the room for new tokens ended first
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
 class Example:
-    """What is never split over micro-batches: one sequence, or the (chosen, rejected) sequences of a pair."""
+    """What is never split over micro-batches: one sequence, or the (chosen, rejected) sequences of a pair.
+
+    ``values`` are numbers a response token [T], over all its sequences in order, that an algorithm has computed once:
+    log-probs under the policy that drew them, advantages, returns.
+    """
 
     origin: str
     sequences: tuple[Sequence, ...]
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -77,6 +95,7 @@ class Batch:
     cu_seqlens    [N + 1 or N + 2] int32 for a packed row (B = 1; the last piece may be padding), None where each row
                   is one sequence
     max_seqlen    longest piece of a packed row, 0 otherwise
+    values        name → the examples' ``values`` [T], in the order of the response tokens
     """
 
     tokens: Tensor
@@ -88,6 +107,7 @@ class Batch:
     origins: tuple[str, ...]
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
+    values: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def n_sequences(self) -> int:
@@ -96,7 +116,14 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same micro-batch with every tensor on ``device``."""
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        values = {name: value.to(device) for name, value in self.values.items()}
+        return replace(self, **moved, values=values)
+
+    @property
+    def last_token_mask(self) -> Tensor:
+        """Where a sequence ends, [B, S] bool: N true entries, in the order of the sequences."""
+        following = torch.nn.functional.pad(self.sequence_ids[:, 1:], (0, 1), value=IGNORED_SEQUENCE)
+        return (self.sequence_ids != IGNORED_SEQUENCE) & (self.sequence_ids != following)
 
     @property
     def response_labels(self) -> Tensor:

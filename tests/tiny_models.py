@@ -56,8 +56,20 @@ def tiny_model(variant: str, dtype: torch.dtype = torch.float32) -> Any:
     """A variant with weights that depend on nothing but its name."""
     import transformers
 
+    return _filled(getattr(transformers, f"{VARIANTS[variant][0]}ForCausalLM")(tiny_config(variant)), variant, dtype)
+
+
+def tiny_reward_model(variant: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A variant's decoder under a head of one output; the last vocabulary entry is its padding."""
+    import transformers
+
     config = tiny_config(variant)
-    model = getattr(transformers, f"{VARIANTS[variant][0]}ForCausalLM")(config)
+    config.num_labels, config.pad_token_id = 1, config.vocab_size - 1
+    kind = getattr(transformers, f"{VARIANTS[variant][0]}ForSequenceClassification")
+    return _filled(kind(config), variant, dtype)
+
+
+def _filled(model: Any, variant: str, dtype: torch.dtype) -> Any:
     generator = torch.Generator().manual_seed(list(VARIANTS).index(variant))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -70,4 +82,11 @@ def save_tiny(folder: Path, variant: str, dtype: torch.dtype = torch.float32, ma
     """Write a variant as a Hugging Face folder; returns the folder."""
     path = folder / f"{variant}-{str(dtype).removeprefix('torch.')}"
     tiny_model(variant, dtype).save_pretrained(path, max_shard_size=max_shard_size)
+    return path
+
+
+def save_tiny_reward_model(folder: Path, variant: str, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a variant's reward model as a Hugging Face folder; returns the folder."""
+    path = folder / f"{variant}-reward-{str(dtype).removeprefix('torch.')}"
+    tiny_reward_model(variant, dtype).save_pretrained(path, max_shard_size="40KB")
     return path

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from megatron_aligndistil.models.heads import Projection
+from megatron_aligndistil.config.schema import OptimConfig
+from megatron_aligndistil.data.records import Kind
+from megatron_aligndistil.rollout.reward_function import RewardFunction
 from megatron_aligndistil.types import Batch, Example, LossOutput, VocabHead
+
+# From a model's projection (models.heads) of a micro-batch: hidden states [T, H], or numbers a response token [T] or a
+# sequence [N].
+Keep = Callable[[Any, Batch], Tensor]
 
 
 @dataclass(frozen=True)
 class Role:
-    """A frozen model that an algorithm needs.
+    """A frozen model that an algorithm needs, with a head of one output where ``scalar``.
 
-    ``keep`` is what survives its forward pass of a micro-batch: hidden states [T, H] or log-probs [T].
+    ``keep`` is what survives its forward pass of a micro-batch.
     """
 
     path: str
     config_key: str
-    keep: Callable[[Projection, Batch], Tensor]
+    keep: Keep
+    scalar: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,60 @@ class RoleOutput:
     head: VocabHead
 
 
+@dataclass(frozen=True)
+class Critic:
+    """A second model under training, with a head of one output."""
+
+    path: str
+    config_key: str
+    optim: OptimConfig
+    loss: Callable[[Any, Batch, Any], LossOutput]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A sampled response and what the forward-only passes said of it.
+
+    statistics  name → numbers a response token [T], or one of the sequence [1]
+    """
+
+    example: Example
+    statistics: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What a rollout comes to.
+
+    values   a trajectory's numbers a response token, name → [T], for ``Example.values``
+    metrics  of the rollout
+    state    what the next rollout's assembly takes
+    """
+
+    values: Sequence[Mapping[str, np.ndarray]]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    state: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What is computed of a rollout once, before it trains.
+
+    assemble  from every trajectory of the rollout, the same on each rank, and the state that the last rollout left
+    policy    statistic → what is kept of a forward-only pass of the policy; ``critic`` likewise
+    roles     statistic → frozen model
+    function  a reward of the texts, as the statistic "score"
+    state     what the first assembly takes
+    """
+
+    assemble: Callable[[Sequence[Trajectory], Mapping[str, float]], Assembled]
+    policy: Mapping[str, Keep] = field(default_factory=dict)
+    critic: Mapping[str, Keep] = field(default_factory=dict)
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    function: RewardFunction | None = None
+    state: Mapping[str, float] = field(default_factory=dict)
+
+
 Annotate = Callable[[Batch, Mapping[str, RoleOutput]], Any]
 
 
@@ -39,16 +101,27 @@ Annotate = Callable[[Batch, Mapping[str, RoleOutput]], Any]
 class Algorithm:
     """One row of the table.
 
-    kind       whether an example is a pair of responses or a single one
-    transform  applied to every example as it is read
-    roles      name → frozen model
-    annotate   turns the roles' outputs of a micro-batch into what the loss takes, once, before the policy's pass
-    loss       from the policy's projection, the micro-batch and its annotation
+    kind        what an example is: a pair of responses, a single one, or a prompt that a rollout answers
+    loss        from the policy's projection, the micro-batch and its annotation
+    transform   applied to every example as it is read
+    roles       name → frozen model that every step runs
+    annotate    turns the roles' outputs of a micro-batch into what the loss takes, once, before the policy's pass
+    experience  of a rollout; None where the examples are a data set's
+    critic      trained beside the policy on the same micro-batches
+    scalar      the policy has a head of one output: a reward model
     """
 
     name: str
-    kind: Literal["preference", "demonstration"]
-    loss: Callable[[Projection, Batch, Any], LossOutput]
+    kind: Kind
+    loss: Callable[[Any, Batch, Any], LossOutput]
+    transform: Callable[[Example], Example] | None = None
     roles: Mapping[str, Role] = field(default_factory=dict)
     annotate: Annotate = lambda batch, outputs: None
-    transform: Callable[[Example], Example] | None = None
+    experience: Experience | None = None
+    critic: Critic | None = None
+    scalar: bool = False
+
+    @property
+    def every_role(self) -> dict[str, Role]:
+        """The frozen models of its steps and of its rollouts."""
+        return {**self.roles, **(self.experience.roles if self.experience else {})}

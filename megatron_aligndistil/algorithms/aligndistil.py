@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_aligndistil.algorithms.algorithm import Algorithm, Role, RoleOutput
+from megatron_aligndistil.algorithms.algorithm import Algorithm, Assembled, Experience, Role, RoleOutput
+from megatron_aligndistil.algorithms.statistics import hidden_states
 from megatron_aligndistil.config.schema import AlignDistilConfig, AlignDistilRunConfig
 from megatron_aligndistil.kernels.extrapolated_kl import (
     Extrapolation,
@@ -19,6 +20,7 @@ from megatron_aligndistil.kernels.extrapolated_kl import (
 )
 from megatron_aligndistil.kernels.settings import KernelSettings
 from megatron_aligndistil.kernels.token_kl import token_kl
+from megatron_aligndistil.kernels.token_logprob import token_logprob
 from megatron_aligndistil.losses.aligndistil import aligndistil_loss, token_weights
 from megatron_aligndistil.models.heads import Projection
 from megatron_aligndistil.types import Batch, LossOutput
@@ -26,10 +28,11 @@ from megatron_aligndistil.types import Batch, LossOutput
 
 @dataclass(frozen=True)
 class Annotation:
-    """A micro-batch's teacher, and the initial model where its divergence is measured."""
+    """A micro-batch's teacher; the initial model and the responses' own rewards [T] where they are measured."""
 
     teacher: Teacher
     initial: RoleOutput | None
+    token_reward: Tensor | None
 
 
 def aligndistil(config: AlignDistilRunConfig) -> Algorithm:
@@ -52,7 +55,11 @@ def aligndistil(config: AlignDistilRunConfig) -> Algorithm:
     def annotate(batch: Batch, outputs: Mapping[str, RoleOutput]) -> Annotation:
         b, o = outputs[base], outputs[other]
         scalars = teacher_scalars(b.kept, b.head, o.kept, o.head, extrapolation, kernel)
-        return Annotation(Teacher(b.kept, b.head, o.kept, o.head, scalars), outputs.get("initial"))
+        reward_T = None
+        if settings.measure_token_reward:
+            base_T, other_T = (token_logprob(x.kept, x.head, batch.response_labels, kernel) for x in (b, o))
+            reward_T = sign * settings.beta0 * (base_T - other_T)
+        return Annotation(Teacher(b.kept, b.head, o.kept, o.head, scalars), outputs.get("initial"), reward_T)
 
     def loss(policy: Projection, batch: Batch, annotation: Annotation) -> LossOutput:
         teacher, group = annotation.teacher, policy.head.group
@@ -75,24 +82,25 @@ def aligndistil(config: AlignDistilRunConfig) -> Algorithm:
             initial = annotation.initial
             hidden_TH = policy.hidden_TH.detach()
             values["kl_to_initial"] = token_kl(hidden_TH, policy.head, initial.kept, initial.head, kernel)
+        if annotation.token_reward is not None:
+            values["token_reward"] = annotation.token_reward
         return with_token_metrics(output, values, maxima=("alpha", "beta"))
 
-    return Algorithm(
-        name="aligndistil", kind="demonstration", loss=loss, roles=_roles(config, settings), annotate=annotate
-    )
+    off_policy = Algorithm("aligndistil", "demonstration", loss, roles=_roles(config, settings), annotate=annotate)
+    if settings.source == "dataset":
+        return off_policy
+    # The teachers run with every step all the same: their hidden states are too large to keep for a whole rollout.
+    return replace(off_policy, kind="prompt", experience=Experience(lambda drawn, state: Assembled([{}] * len(drawn))))
 
 
 def _roles(config: AlignDistilRunConfig, settings: AlignDistilConfig) -> dict[str, Role]:
-    def keep_hidden(projection: Projection, batch: Batch) -> Tensor:
-        return projection.hidden_TH
-
-    roles = {"dpo": Role(settings.dpo_path, "model.aligndistil.dpo_path", keep_hidden)}
+    roles = {"dpo": Role(settings.dpo_path, "model.aligndistil.dpo_path", hidden_states)}
     if settings.reward == "contrastive":
         path = settings.reverse_dpo_path or ""
-        roles["reverse_dpo"] = Role(path, "model.aligndistil.reverse_dpo_path", keep_hidden)
+        roles["reverse_dpo"] = Role(path, "model.aligndistil.reverse_dpo_path", hidden_states)
     if settings.reward == "vanilla" or settings.measure_initial_kl:
         path = settings.initial_path or config.model.restore_from_path
-        roles["initial"] = Role(path, "model.aligndistil.initial_path", keep_hidden)
+        roles["initial"] = Role(path, "model.aligndistil.initial_path", hidden_states)
     return roles
 
 

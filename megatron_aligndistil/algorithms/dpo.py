@@ -8,10 +8,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from megatron_aligndistil.algorithms.algorithm import Algorithm, Role, RoleOutput
+from megatron_aligndistil.algorithms.statistics import response_logprobs
 from megatron_aligndistil.config.schema import DPORunConfig
 from megatron_aligndistil.data.transforms import swap_pair
-from megatron_aligndistil.kernels.settings import KernelSettings
-from megatron_aligndistil.kernels.token_logprob import token_logprob
 from megatron_aligndistil.losses.dpo import dpo_loss
 from megatron_aligndistil.models.heads import Projection
 from megatron_aligndistil.types import Batch, LossOutput
@@ -19,22 +18,21 @@ from megatron_aligndistil.types import Batch, LossOutput
 
 def dpo(config: DPORunConfig) -> Algorithm:
     """Paper Eq. 4, against a frozen reference (by default the model that training starts from)."""
-    settings, kernel = config.model.dpo, KernelSettings.of(config.model.kernel)
+    settings, logprobs = config.model.dpo, response_logprobs(config.model.kernel)
 
-    def response_logprobs(projection: Projection, batch: Batch) -> Tensor:
-        logprob_T = token_logprob(projection.hidden_TH, projection.head, batch.response_labels, kernel)
-        return batch.sum_by_sequence(logprob_T)
+    def sequence_logprobs(projection: Projection, batch: Batch) -> Tensor:
+        return batch.sum_by_sequence(logprobs(projection, batch))
 
     def annotate(batch: Batch, outputs: Mapping[str, RoleOutput]) -> Tensor:
         return outputs["reference"].kept
 
     def loss(policy: Projection, batch: Batch, reference_N: Tensor) -> LossOutput:
-        return dpo_loss(response_logprobs(policy, batch), reference_N, settings.beta, settings.label_smoothing)
+        return dpo_loss(sequence_logprobs(policy, batch), reference_N, settings.beta, settings.label_smoothing)
 
     reference = Role(
         path=settings.reference_path or config.model.restore_from_path,
         config_key="model.dpo.reference_path",
-        keep=response_logprobs,
+        keep=sequence_logprobs,
     )
     return Algorithm(name="dpo", kind="preference", loss=loss, roles={"reference": reference}, annotate=annotate)
 

@@ -8,6 +8,9 @@ from typing import Any
 from megatron_aligndistil.algorithms.algorithm import Algorithm
 from megatron_aligndistil.algorithms.aligndistil import aligndistil
 from megatron_aligndistil.algorithms.dpo import dpo, reverse_dpo
+from megatron_aligndistil.algorithms.policy_gradient import sentence_pg, token_pg
+from megatron_aligndistil.algorithms.ppo import ppo, rto
+from megatron_aligndistil.algorithms.reward_model import reward_model
 from megatron_aligndistil.algorithms.sft import sft
 
 ALGORITHMS: Mapping[str, Callable[[Any], Algorithm]] = {
@@ -15,4 +18,9 @@ ALGORITHMS: Mapping[str, Callable[[Any], Algorithm]] = {
     "dpo": dpo,
     "reverse_dpo": reverse_dpo,
     "aligndistil": aligndistil,
+    "reward_model": reward_model,
+    "ppo": ppo,
+    "rto": rto,
+    "sentence_pg": sentence_pg,
+    "token_pg": token_pg,
 }

@@ -1,7 +1,9 @@
 """An independent model and its losses: one process, float64, full vocabulary, one sequence at a time.
 
 Written from the papers' formulas with plain autograd; it shares no code with what it judges. Weights go by their
-Hugging Face names. Shape legend: S positions, V vocabulary, H hidden size, A heads, G key-value groups, D head size.
+Hugging Face names. A loss is returned as its terms, one for each of the units that it averages.
+
+Shape legend: S positions, V vocabulary, H hidden size, A heads, G key-value groups, D head size.
 """
 
 from __future__ import annotations
@@ -33,6 +35,17 @@ class Shape:
 
 def logits(weights: Weights, shape: Shape, tokens: np.ndarray) -> Tensor:
     """Float64 logits [S, V] of one sequence."""
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    return _hidden_states(weights, shape, tokens) @ head.T
+
+
+def scalars(weights: Weights, shape: Shape, tokens: np.ndarray) -> Tensor:
+    """What a head of one output says at every position of a sequence, float64 [S]."""
+    return (_hidden_states(weights, shape, tokens) @ weights["score.weight"].T).squeeze(1)
+
+
+def _hidden_states(weights: Weights, shape: Shape, tokens: np.ndarray) -> Tensor:
+    """What the head is applied to, [S, H]."""
     embedding = weights["model.embed_tokens.weight"]
     x_SH = embedding[torch.from_numpy(tokens.astype(np.int64))]
     cos_SD, sin_SD = _rotation(len(tokens), shape)
@@ -42,8 +55,7 @@ def logits(weights: Weights, shape: Shape, tokens: np.ndarray) -> Tensor:
         y_SH = _norm(x_SH, layer["post_attention_layernorm.weight"], shape.eps)
         gate, up = y_SH @ layer["mlp.gate_proj.weight"].T, y_SH @ layer["mlp.up_proj.weight"].T
         x_SH = x_SH + (F.silu(gate) * up) @ layer["mlp.down_proj.weight"].T
-    x_SH = _norm(x_SH, weights["model.norm.weight"], shape.eps)
-    return x_SH @ weights.get("lm_head.weight", embedding).T
+    return _norm(x_SH, weights["model.norm.weight"], shape.eps)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -104,8 +116,8 @@ def response_logprobs(weights: Weights, shape: Shape, response: Response) -> Ten
 
 
 def sft(weights: Weights, shape: Shape, responses: list[Response]) -> Tensor:
-    """Mean negative log-likelihood over all response tokens."""
-    return -torch.cat([response_logprobs(weights, shape, r) for r in responses]).mean()
+    """Negative log-likelihood of every response token."""
+    return -torch.cat([response_logprobs(weights, shape, r) for r in responses])
 
 
 def dpo(
@@ -116,7 +128,7 @@ def dpo(
     beta: float,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Eq. 4, with label smoothing, averaged over pairs."""
+    """Eq. 4 of every pair, with label smoothing."""
     losses = []
     for chosen, rejected in pairs:
         margins = [
@@ -125,7 +137,7 @@ def dpo(
         ]
         u = beta * (margins[0] - margins[1])
         losses.append(-(1 - smoothing) * torch.log(torch.sigmoid(u)) - smoothing * torch.log(torch.sigmoid(-u)))
-    return torch.stack(losses).mean()
+    return torch.stack(losses)
 
 
 @dataclass(frozen=True)
@@ -144,7 +156,7 @@ class Distillation:
 def aligndistil(
     weights: Weights, dpo_model: Weights, other: Weights, shape: Shape, responses: list[Response], how: Distillation
 ) -> Tensor:
-    """Eq. 16-19 (``other`` is the reverse DPO model), or Eq. 11 where the reward is vanilla (``other`` is π_ref)."""
+    """Eq. 16-19 of every sequence (``other``: the reverse DPO model), or Eq. 11 where the reward is vanilla (π_ref)."""
     losses = []
     for response in responses:
         z_d = response_logits(dpo_model, shape, response).detach()
@@ -155,7 +167,7 @@ def aligndistil(
         kl = formulas.kl(response_logits(weights, shape, response), target)
         total = (how.beta0 / alpha * kl).sum()
         losses.append(total / len(kl) if how.normalize_by_length else total)
-    return torch.stack(losses).mean()
+    return torch.stack(losses)
 
 
 def gradients(loss: Tensor, weights: Weights) -> Weights:

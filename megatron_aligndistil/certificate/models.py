@@ -20,7 +20,10 @@ from megatron_aligndistil.parallel.setup import Layout
 from megatron_aligndistil.types import Example, Sequence
 
 VOCAB_SIZE = 83  # a prime: no tensor-parallel size divides it
-ROLES = ("policy", "dpo", "reverse", "initial")
+ROLES = ("policy", "dpo", "reverse", "initial", "old", "critic", "old critic", "reward")
+SCALAR_ROLES = frozenset({"critic", "old critic", "reward"})  # a head of one output
+EARLIER = {"old": "policy", "old critic": "critic"}  # models as they were when the responses were drawn
+DRIFT = 0.05  # how far training has taken them from there, in deviations of a weight
 
 
 def architecture_for(layout: Layout, tied: bool) -> Architecture:
@@ -64,23 +67,32 @@ class InMemory:
         return MemoryPart(self._weights[name])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # known by identity, so that what is computed from it can be cached
 class World:
-    """Four random models of one architecture and examples for them; float64, on the host, the same on every rank."""
+    """Random models of one decoder and examples for them; float64, on the host, the same on every rank."""
 
     architecture: Architecture
     examples: int = 8
     _weights: dict[str, dense_model.Weights] = field(default_factory=dict)
 
+    def architecture_of(self, role: str) -> Architecture:
+        """The decoder under the head that the role has."""
+        return self.architecture.with_scalar_head() if role in SCALAR_ROLES else self.architecture
+
     def weights(self, role: str) -> dense_model.Weights:
         """The weights of one of ``ROLES`` under Hugging Face names."""
         if role not in self._weights:
-            shapes = hf_shapes(families.table_of(self.architecture), self.architecture)
+            architecture = self.architecture_of(role)
             generator = torch.Generator().manual_seed(ROLES.index(role))
+            later = self.weights(EARLIER[role]) if role in EARLIER else None
             made = {}
-            for name, shape in shapes.items():
-                noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-                made[name] = 1.0 + 0.1 * noise if "norm" in name else 0.25 * noise
+            for name, shape in hf_shapes(families.table_of(architecture), architecture).items():
+                norm = "norm" in name
+                # Queries are small: sharp attention amplifies float32's rounding in every layer, beyond the bound in a
+                # model of as many as deep pipelines need.
+                scale = 0.1 if norm else 0.125 if name.endswith("q_proj.weight") else 0.25
+                noise = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+                made[name] = later[name] + DRIFT * noise if later else (1.0 if norm else 0.0) + noise
             self._weights[role] = made
         return self._weights[role]
 

@@ -11,20 +11,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_aligndistil.algorithms.algorithm import Algorithm
 from megatron_aligndistil.algorithms.table import ALGORITHMS
-from megatron_aligndistil.certificate.algorithms import AlgorithmCheck
+from megatron_aligndistil.certificate.algorithms import AlgorithmCheck, Reference
 from megatron_aligndistil.certificate.dense_model import Weights
 from megatron_aligndistil.certificate.findings import Measurement, worst
 from megatron_aligndistil.certificate.models import InMemory, World, architecture_for
 from megatron_aligndistil.certificate.recorder import Recorder
-from megatron_aligndistil.checkpoint.hf_export import hf_tensors
+from megatron_aligndistil.certificate.rollouts import with_experience
 from megatron_aligndistil.checkpoint.hf_import import load_hf
 from megatron_aligndistil.config.schema import KernelConfig
 from megatron_aligndistil.data.collate import MicroBatching, micro_batches
 from megatron_aligndistil.models.frozen import FrozenModel
+from megatron_aligndistil.models.gathering import hf_tensors
 from megatron_aligndistil.models.policy import HiddenStateModel, ModelSettings, Recompute, build_chunks
 from megatron_aligndistil.parallel import groups
 from megatron_aligndistil.parallel.setup import Layout
@@ -80,7 +82,7 @@ class Answer:
     batches: int
     peak_bytes: int
 
-    def against(self, reference: tuple[float, Weights] | None) -> Measurement:
+    def against(self, reference: Reference | None) -> Measurement:
         """Compared with the dense loss and gradients, on rank 0; every weight counts alike."""
         words = self.words / self.tokens if self.tokens else None
         if reference is None:
@@ -91,7 +93,8 @@ class Answer:
         off = {name: float((self.gradients[name].cpu().double() - gradients[name]).norm()) for name in gradients}
         norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
         errors = [math.hypot(*off.values()) / math.hypot(*norms.values()), *(off[n] / norms[n] for n in norms)]
-        return Measurement(abs(self.metrics["loss"] - loss) / abs(loss), worst(errors), words, self.peak_bytes)
+        value_error = abs(self.metrics["loss"] - loss.value) / loss.size
+        return Measurement(value_error, worst(errors), words, self.peak_bytes)
 
     def words_due(self, check: AlgorithmCheck) -> float:
         """Elements a response token that the rank had to send."""
@@ -100,14 +103,20 @@ class Answer:
         return (check.words * self.tokens + check.words_a_batch * self.batches) / self.tokens
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A model's chunks, and the same in Megatron-Core's DDP."""
+
+    chunks: list[HiddenStateModel]
+    wrapped: list[DistributedDataParallel]
+
+
 class ShardedWorld:
     """The world's models on this rank in one case's layout, built as they are first asked for."""
 
     def __init__(self, world: World, case: Case) -> None:
         self.world, self.case = world, case
-        with _default_dtype(case.dtype):
-            self.chunks = self._model("policy")
-            self.wrapped = wrap(self.chunks, case.distributed_optimizer)
+        self._trained: dict[str, Trained] = {}
         self._frozen: dict[str, FrozenModel] = {}
 
     @classmethod
@@ -126,9 +135,15 @@ class ShardedWorld:
             transformer_engine=False,
             recompute=Recompute(case.recompute, "uniform" if full else None, 1 if full else None),
         )
-        chunks = build_chunks(self.world.architecture, settings)
+        chunks = build_chunks(self.world.architecture_of(role), settings)
         load_hf(chunks, InMemory(self.world.weights(role)))
         return chunks
+
+    def _trained_model(self, role: str) -> Trained:
+        if role not in self._trained:
+            chunks = self._model(role)
+            self._trained[role] = Trained(chunks, wrap(chunks, self.case.distributed_optimizer))
+        return self._trained[role]
 
     def _frozen_model(self, role: str) -> FrozenModel:
         if role not in self._frozen:
@@ -143,30 +158,41 @@ class ShardedWorld:
             return self._step(check, kernel)
 
     def _step(self, check: AlgorithmCheck, kernel: KernelConfig) -> Answer:
-        counter = WordCounter()
-        algorithm = counter.counting(ALGORITHMS[check.algorithm](check.config(kernel)))
-        frozen = {name: self._frozen_model(role.path) for name, role in algorithm.roles.items()}
-        objective = Objective(algorithm, self.chunks, frozen)
+        algorithm = ALGORITHMS[check.algorithm](check.config(kernel))
         batches = self._batches(check, algorithm)
-        for chunk in self.wrapped:
+        counter = WordCounter()
+        minimised = counter.counting(check.step_of(algorithm))
+        trained = self._trained_model(check.trained)
+        frozen = {name: self._frozen_model(role.path) for name, role in minimised.roles.items()}
+        objective = Objective(minimised, trained.chunks, frozen)
+        for chunk in trained.wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
 
         totals = Totals()
         with counter.recorder:
-            losses = objective.gradients(self.wrapped, batches, objective.annotate(batches))
+            losses = objective.gradients(trained.wrapped, batches, objective.annotate(batches))
         totals.add(losses, batches)
         if self.case.distributed_optimizer:
-            self._gather_sharded_gradients()
+            _gather_sharded_gradients(trained)
         metrics = WorldMetrics(_device()).reduce("train", totals)
-        gradients = {name: tensor.clone() for name, tensor in hf_tensors(self.chunks, _main_grad)}
+        gradients = {name: tensor.clone() for name, tensor in hf_tensors(trained.chunks, _main_grad)}
         seen = batches if groups.is_last_stage() else []
         tokens = sum(int(batch.loss_mask.sum()) for batch in seen)
         return Answer(metrics, gradients, counter.words, tokens, len(seen), counter.recorder.peak_bytes)
 
     def _batches(self, check: AlgorithmCheck, algorithm: Algorithm) -> list[Batch]:
+        examples = check.examples(self.world)
+        if algorithm.transform is not None:
+            examples = [algorithm.transform(example) for example in examples]
+        if algorithm.experience is not None:
+            examples = with_experience(examples, algorithm.experience, self._frozen_model, self._batching())
+        batches = micro_batches(examples, groups.data().rank, groups.data().size, self._batching())
+        return [batch.to(_device()) for batch in batches]
+
+    def _batching(self) -> MicroBatching:
         case, layout = self.case, self.case.layout
-        how = MicroBatching(
+        return MicroBatching(
             batching="packed" if case.packed else "bucketed",
             micro_batch_size=case.micro_batch_size,
             pack_length=80,
@@ -174,18 +200,14 @@ class ShardedWorld:
             * (layout.tensor if layout.sequence_parallel else 1),
             n_multiple=layout.pipeline if layout.virtual_pipeline else 1,
         )
-        examples = check.examples(self.world)
-        if algorithm.transform is not None:
-            examples = [algorithm.transform(example) for example in examples]
-        batches = micro_batches(examples, groups.data().rank, groups.data().size, how)
-        return [batch.to(_device()) for batch in batches]
 
-    def _gather_sharded_gradients(self) -> None:
-        """Each data-parallel rank has the sum of its own part of every bucket only."""
-        axis = groups.data()
-        for bucket in (bucket for chunk in self.wrapped for buffer in chunk.buffers for bucket in buffer.buckets):
-            part = bucket.grad_data.chunk(axis.size)[axis.rank].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, part, group=axis.group)
+
+def _gather_sharded_gradients(trained: Trained) -> None:
+    """Each data-parallel rank has the sum of its own part of every bucket only."""
+    axis = groups.data()
+    for bucket in (bucket for chunk in trained.wrapped for buffer in chunk.buffers for bucket in buffer.buckets):
+        part = bucket.grad_data.chunk(axis.size)[axis.rank].clone()
+        dist.all_gather_into_tensor(bucket.grad_data, part, group=axis.group)
 
 
 @dataclass

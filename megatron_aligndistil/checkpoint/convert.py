@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from megatron_aligndistil.checkpoint.hf_export import MAX_SHARD_BYTES, export_hf, hf_tensors
+from megatron_aligndistil.checkpoint.hf_export import MAX_SHARD_BYTES, export_hf
 from megatron_aligndistil.checkpoint.index import stored_dtypes
 from megatron_aligndistil.checkpoint.locate import (
     FORMAT,
@@ -45,6 +45,7 @@ from megatron_aligndistil.checkpoint.weights import load_weights, open_source, s
 from megatron_aligndistil.config.schema import ModelConfig
 from megatron_aligndistil.errors import CheckpointError, ConfigError, UserError
 from megatron_aligndistil.models.architecture import Architecture
+from megatron_aligndistil.models.gathering import hf_tensors
 from megatron_aligndistil.models.policy import HiddenStateModel, ModelSettings, build_chunks
 from megatron_aligndistil.parallel.collectives import from_first_rank
 from megatron_aligndistil.parallel.setup import Layout, initialize, shutdown
@@ -113,6 +114,7 @@ def convert(request: ConvertRequest) -> Receipt | None:
             dtype=str(dtype).removeprefix("torch."),
             layout=str(request.layout),
             architecture=asdict(architecture),
+            compared="scores" if architecture.scalar_head else "logits",
             max_logit_difference=(ours - logits).abs().max().item(),
             max_logit=largest,
             tolerance=tolerance(largest),
@@ -186,7 +188,7 @@ def _write_megatron(chunks: Sequence[HiddenStateModel], metadata: Path, output: 
         failure = None
         if dist.get_rank() == 0:
             try:
-                copy_metadata(metadata, staging / METADATA, dtype)
+                copy_metadata(metadata, staging / METADATA, dtype, chunks[0].architecture.scalar_head)
                 (staging / STATE).write_text(json.dumps({"format": FORMAT, "step": 0}) + "\n")
             except OSError as error:
                 failure = f"{output}: cannot write: {error.strerror or error}"

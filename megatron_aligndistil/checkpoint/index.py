@@ -20,7 +20,7 @@ INDEX = ".metadata"
 _CONFIG = "metadata.json"
 # State that isn't tensors: a file of its own, or (newer Megatron-Core) an object among the tensors.
 _COMMON_FILE, _COMMON_OBJECT = "common.pt", "common_state"
-_MODEL = ("embedding", "decoder", "output_layer")
+_MODEL = ("embedding", "decoder", "output_layer", "score_head")
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _PLANNER = "torch.distributed.checkpoint.planner"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from megatron_aligndistil.checkpoint.sources import open_gguf
 from megatron_aligndistil.errors import CheckpointError
 from megatron_aligndistil.models import families
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 _CARRIED = (
@@ -28,10 +31,11 @@ _CARRIED = (
 )
 
 
-def copy_metadata(source: Path, destination: Path, dtype: torch.dtype | None = None) -> None:
+def copy_metadata(source: Path, destination: Path, dtype: torch.dtype | None = None, scalar_head: bool = False) -> None:
     """Copy the metadata of a Hugging Face folder, or write a GGUF file's, into the folder ``destination``.
 
-    Files are carried over byte for byte; ``config.json`` changes its ``dtype`` where one is given.
+    Files are carried over byte for byte; ``config.json`` changes its ``dtype`` where one is given, and with
+    ``scalar_head`` a language model's becomes that of transformers' sequence classifier of one label.
     """
     destination.mkdir(parents=True, exist_ok=True)
     if source.is_file():
@@ -45,6 +49,8 @@ def copy_metadata(source: Path, destination: Path, dtype: torch.dtype | None = N
                     shutil.copyfile(path, destination / path.name)
     if dtype is not None:
         _set_dtype(destination / CONFIG, str(dtype).removeprefix("torch."))
+    if scalar_head:
+        _set_classifier(destination)
 
 
 def _set_dtype(file: Path, name: str) -> None:
@@ -53,6 +59,41 @@ def _set_dtype(file: Path, name: str) -> None:
     if config.get(key) != name:
         config[key] = name
         file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _set_classifier(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    if families.is_classifier(config.get("architectures")):
+        return
+    config |= {
+        "architectures": [f"{config['model_type'].capitalize()}ForSequenceClassification"],
+        "num_labels": 1,
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "tie_word_embeddings": False,
+        "pad_token_id": _pad_token_id(config, folder / "tokenizer_config.json"),
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _pad_token_id(config: dict[str, Any], tokenizer: Path) -> int:
+    """The token that transformers' classifier passes over to find a row's last one; it refuses batches without one."""
+    ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    settings = json.loads(tokenizer.read_text()) if tokenizer.is_file() else {}
+    token = settings.get("pad_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    added = settings.get("added_tokens_decoder") or {}
+    named = [int(i) for i, entry in added.items() if token is not None and entry.get("content") == token]
+    found = next((i for i in (config.get("pad_token_id"), *named, *ends) if i is not None), 0)
+    if found in ends:
+        logger.warning(
+            "%s: padding is token %d, which also ends a sequence: transformers' classifier will read the score before "
+            "it, training reads the score at it; give the tokenizer a padding token of its own",
+            tokenizer.parent,
+            found,
+        )
+    return found
 
 
 def read_config(source: Path) -> Any:

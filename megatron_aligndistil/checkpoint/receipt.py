@@ -1,6 +1,8 @@
 """The proof that comes with a conversion: logits against transformers' on a probe batch, and a hash of every tensor.
 
-Shape legend: B rows and S positions of the probe, T = B·S, V vocabulary.
+A reward model's scores, at every position, stand for logits of one column.
+
+Shape legend: B rows and S positions of the probe, T = B·S, V vocabulary (1 for a reward model).
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from torch import Tensor
 
 from megatron_aligndistil.checkpoint.metadata import read_config
 from megatron_aligndistil.checkpoint.sources import TensorSource
+from megatron_aligndistil.models import families
 from megatron_aligndistil.models.architecture import Architecture
-from megatron_aligndistil.models.heads import head_of, response_hidden_states
+from megatron_aligndistil.models.heads import ScalarProjection, project
 from megatron_aligndistil.models.policy import HiddenStateModel
 from megatron_aligndistil.parallel import groups
 from megatron_aligndistil.parallel.schedule import forward_only
@@ -41,7 +44,8 @@ class Receipt:
     """What was converted and how well the result agrees.
 
     ``tensors`` maps Hugging Face names to the SHA-256 of their bytes as they lie in the output; ``differing`` names
-    those whose bytes are not the source's (cast to ``dtype``).
+    those whose bytes are not the source's (cast to ``dtype``). ``compared`` says what the logit fields are about:
+    "logits", or the "scores" of a reward model.
     """
 
     source: str
@@ -50,6 +54,7 @@ class Receipt:
     dtype: str
     layout: str
     architecture: dict[str, Any]
+    compared: str
     max_logit_difference: float
     max_logit: float
     tolerance: float
@@ -66,8 +71,8 @@ class Receipt:
         return (
             f"{self.source} -> {self.output} ({self.form}, {self.dtype}, {self.layout})\n"
             f"{'verified' if self.passed else 'NOT VERIFIED'}: {same} of {len(self.tensors)} tensors bit-identical; "
-            f"largest logit difference to transformers {self.max_logit_difference:.2e} "
-            f"(accepted {self.tolerance:.1e}, largest logit {self.max_logit:.1f})"
+            f"largest difference of {self.compared} to transformers {self.max_logit_difference:.2e} "
+            f"(accepted {self.tolerance:.1e}, largest {self.max_logit:.1f})"
         )
 
     def save(self, folder: Path) -> None:
@@ -113,13 +118,16 @@ def megatron_logits(chunks: Sequence[HiddenStateModel], tokens_BS: Tensor) -> Te
     def keep(hidden_SBH: Tensor, index: int) -> Tensor | None:
         if index:
             return None
-        hidden_TH = response_hidden_states(hidden_SBH, batch, chunk.config.sequence_parallel)
-        weight = head_of(chunk).weight
-        return torch.cat([_full_logits(piece @ weight.T) for piece in hidden_TH.split(_SLICE)])
+        projection = project(chunk, hidden_SBH, batch)
+        if isinstance(projection, ScalarProjection):
+            return projection.values_BS.reshape(-1, 1).cpu()
+        weight = projection.head.weight
+        return torch.cat([_full_logits(piece @ weight.T) for piece in projection.hidden_TH.split(_SLICE)])
 
     # The interleaved schedule wants a micro-batch for each stage; the first one's logits are enough.
     kept = forward_only(chunks, [batch] * (groups.pipeline().size if len(chunks) > 1 else 1), keep)
-    logits_TV = _to_first_rank(kept[0] if kept else None, tokens_BS.numel(), chunk.architecture.vocab_size)
+    columns = 1 if chunk.architecture.scalar_head else chunk.architecture.vocab_size
+    logits_TV = _to_first_rank(kept[0] if kept else None, tokens_BS.numel(), columns)
     return None if logits_TV is None else logits_TV.unflatten(0, tuple(tokens_BS.shape))
 
 
@@ -130,18 +138,18 @@ def _full_logits(shard: Tensor) -> Tensor:
     return torch.cat(shards, dim=1).float().cpu()
 
 
-def _to_first_rank(logits: Tensor | None, tokens: int, vocab_size: int) -> Tensor | None:
+def _to_first_rank(logits: Tensor | None, tokens: int, columns: int) -> Tensor | None:
     """From the last pipeline stage to global rank 0, without padded columns."""
     axis, device = groups.pipeline(), torch.device(torch.cuda.current_device())
     last = axis.size - 1
     if groups.tensor().rank != 0 or axis.rank not in (0, last):
         return None
     if logits is not None:
-        logits = logits[:, :vocab_size].contiguous()
+        logits = logits[:, :columns].contiguous()
         if last != 0:
             dist.send(logits.to(device), dst=dist.get_global_rank(axis.group, 0), group=axis.group)
     elif dist.get_rank() == dist.get_global_rank(axis.group, 0):
-        received = torch.empty(tokens, vocab_size, device=device)
+        received = torch.empty(tokens, columns, device=device)
         dist.recv(received, src=dist.get_global_rank(axis.group, last), group=axis.group)
         logits = received.cpu()
     return logits if dist.get_rank() == 0 else None
@@ -152,16 +160,21 @@ def transformers_logits(path: Path, tokens_BS: Tensor, dtype: torch.dtype) -> Te
 
     The weights are first rounded to ``dtype``.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    scalar_head = families.architecture_of(read_config(path)).scalar_head
     if path.is_file():
         model = _transformers_gguf(path)
     else:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        kind = AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM
+        model = kind.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     for parameter in model.parameters():  # not the buffers: RoPE's frequencies stay exact
         parameter.data = parameter.data.to(dtype).float()
     with torch.no_grad():
-        logits = model.eval()(tokens_BS, use_cache=False).logits
+        if scalar_head:  # its own forward pass gives one score a row, where it finds the row's end
+            logits = model.score(model.eval().model(tokens_BS, use_cache=False).last_hidden_state)
+        else:
+            logits = model.eval()(tokens_BS, use_cache=False).logits
     del model
     gc.collect()
     return logits

@@ -16,7 +16,7 @@ import queue
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -30,21 +30,26 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_aligndistil.checkpoint import rng
 from megatron_aligndistil.checkpoint.locate import CHECKPOINTS, FORMAT, METADATA, STATE, WEIGHTS, read_state
 from megatron_aligndistil.checkpoint.metadata import copy_metadata
-from megatron_aligndistil.checkpoint.weights import load_distributed, load_weights, model_state, reason
+from megatron_aligndistil.checkpoint.weights import load_distributed, load_in_place, model_state, reason
 from megatron_aligndistil.config.schema import CheckpointCallbackConfig
 from megatron_aligndistil.errors import CheckpointError
 from megatron_aligndistil.parallel import collectives
 from megatron_aligndistil.parallel.lifetime import die_with
 from megatron_aligndistil.trainer.hooks import Hook, Metrics
 from megatron_aligndistil.trainer.loop import Trainer
-from megatron_aligndistil.trainer.optimizer import TrainedModel
+from megatron_aligndistil.trainer.objective import POLICY, Learner
+from megatron_aligndistil.trainer.source import BatchSource, SourceState
 
 logger = logging.getLogger(__name__)
+
+SOURCE = "rollout.safetensors"  # what the source of batches keeps
 
 # Optimizer state as one tensor a parameter, whatever ranks it was sharded over.
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -64,6 +69,7 @@ class Provenance:
     global_batch_size: int
     train_examples: int
     train_fingerprint: str
+    rollout: str = ""
 
 
 class CheckpointHook(Hook):
@@ -109,30 +115,37 @@ class CheckpointHook(Hook):
         final = self.folder / f"step_{trainer.step:08d}"
         # Named anew each time: a writer that outlived a killed run may still write into its own.
         partial = self.folder / collectives.from_first_rank(f".{final.name}.{uuid.uuid4().hex}")
+        state = {"format": FORMAT, "step": trainer.step, **vars(self.provenance)}
         with write_errors(final):
             # Two saves at once would double the memory that they hold.
             self._queue.maybe_finalize_async_calls(blocking=True)
-            self._prepare(partial)
-            request = dist_checkpointing.save(
-                training_state(trainer.policy),
-                str(partial / WEIGHTS),
-                async_sharded_save=True,
-                validate_access_integrity=dist.get_world_size() > 1,
-                **_WRITER,
-            )
-            state = {"format": FORMAT, "step": trainer.step, **vars(self.provenance)}
-            request.add_finalize_fn(lambda: self._finalize(partial, final, state))
-            if self.settings.async_save:
-                self._queue.schedule_async_request(request)
-            else:
-                request.execute_sync()
+            self._prepare(partial, trainer)
+            for learner in trainer.learners:
+                request = dist_checkpointing.save(
+                    training_state(learner),
+                    str(partial / folder_of(learner)),
+                    async_sharded_save=True,
+                    validate_access_integrity=dist.get_world_size() > 1,
+                    **_WRITER,
+                )
+                if learner is trainer.learners[-1]:  # requests are finished in their order
+                    request.add_finalize_fn(lambda: self._finalize(partial, final, state))
+                if self.settings.async_save:
+                    self._queue.schedule_async_request(request)
+                else:
+                    request.execute_sync()
         self._saved_at = trainer.step
         logger.info("checkpoint %s: training waited %.2f s for it", final, time.perf_counter() - start)
 
-    def _prepare(self, partial: Path) -> None:
+    def _prepare(self, partial: Path, trainer: Trainer) -> None:
+        source = trainer.source.state(trainer.step)
         if dist.get_rank() == 0:
-            (partial / WEIGHTS).mkdir(parents=True)
-            copy_metadata(self.metadata, partial / METADATA)
+            for learner in trainer.learners:
+                (partial / folder_of(learner)).mkdir(parents=True)
+            policy = trainer.learners[0].model.chunks[0].architecture
+            copy_metadata(self.metadata, partial / METADATA, scalar_head=policy.scalar_head)
+            if source is not None:
+                save_file(dict(source.arrays), partial / SOURCE, metadata={"state": source.text})
         dist.barrier()
 
     def _finalize(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
@@ -183,15 +196,21 @@ def write_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def training_state(policy: TrainedModel, loading: bool = False) -> dict[str, Any]:
-    """Weights, optimizer and random generators of this rank, as Megatron-Core shards them."""
-    model = model_state(policy.chunks)
+def folder_of(learner: Learner) -> str:
+    """The folder of a model in a checkpoint: the policy's is the one that the checkpoint is known by."""
+    return WEIGHTS if learner.name == POLICY else learner.name
+
+
+def training_state(learner: Learner, loading: bool = False) -> dict[str, Any]:
+    """Weights and optimizer as Megatron-Core shards them; with the policy's the random generators of this rank."""
+    model = model_state(learner.model.chunks)
     flat = {f"{part}.{name}": tensor for part, tensors in model.items() for name, tensor in tensors.items()}
-    optimizer = policy.optimizer.sharded_state_dict(flat, is_loading=loading, metadata=dict(_OPTIMIZER_METADATA))
-    return {**model, "optimizer": optimizer, "rng": rng.rng_state()}
+    optimizer = learner.model.optimizer.sharded_state_dict(flat, is_loading=loading, metadata=dict(_OPTIMIZER_METADATA))
+    generators = {"rng": rng.rng_state()} if learner.name == POLICY else {}
+    return {**model, "optimizer": optimizer, **generators}
 
 
-def resume(policy: TrainedModel, checkpoint: Path, provenance: Provenance) -> int:
+def resume(learners: Sequence[Learner], source: BatchSource, checkpoint: Path, provenance: Provenance) -> int:
     """Continue from ``checkpoint``, under this layout whatever it was written under; returns the steps done.
 
     Raises:
@@ -199,28 +218,45 @@ def resume(policy: TrainedModel, checkpoint: Path, provenance: Provenance) -> in
     """
     state = read_state(checkpoint)
     for name, value in vars(provenance).items():
-        if state.get(name) != value:
+        if state.get(name, "") != value:
             raise CheckpointError(
                 f"{checkpoint / STATE}: {name} was {state.get(name)!r} when it was saved and is {value!r} now, so the "
                 "run cannot go on where it was; restore it, or start another run (exp_manager.name) with "
                 f"model.restore_from_path={checkpoint}"
             )
-    load_weights(policy.chunks, checkpoint)
-    adam = _torch_adam(policy.optimizer)
+    for learner in learners:
+        _resume_learner(learner, checkpoint, state)
+    if (checkpoint / SOURCE).is_file():
+        source.restore(_read_source(checkpoint / SOURCE))
+    return state["step"]
+
+
+def _resume_learner(learner: Learner, checkpoint: Path, state: dict[str, Any]) -> None:
+    model, folder = learner.model, checkpoint / folder_of(learner)
+    load_in_place(model.chunks, folder)
+    adam = _torch_adam(model.optimizer)
     if adam is not None:
         _create_adam_state(adam)
-    target = {k: v for k, v in training_state(policy, loading=True).items() if k in ("optimizer", "rng")}
+    target = {k: v for k, v in training_state(learner, loading=True).items() if k in ("optimizer", "rng")}
     same_ranks = state["world_size"] == dist.get_world_size()
     if not same_ranks:
         # Another number of ranks has other generators; nothing in training draws from them.
-        del target["rng"]
-    loaded = load_distributed(target, checkpoint / WEIGHTS)
-    _load_optimizer(policy.optimizer, loaded["optimizer"])
+        target.pop("rng", None)
+    loaded = load_distributed(target, folder)
+    _load_optimizer(model.optimizer, loaded["optimizer"])
     # The schedule is the configuration's; only its position is the checkpoint's.
-    policy.scheduler.step(state["step"])
-    if same_ranks:
+    model.scheduler.step(state["step"])
+    if "rng" in loaded:
         rng.restore(loaded["rng"])
-    return state["step"]
+
+
+def _read_source(file: Path) -> SourceState:
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            return SourceState(arrays, opened.metadata()["state"])
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: not a rollout's file, or cut short ({error}); resume from another") from error
 
 
 def _torch_adam(optimizer: MegatronOptimizer) -> torch.optim.Adam | None:

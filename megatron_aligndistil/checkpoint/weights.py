@@ -19,14 +19,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_aligndistil.checkpoint.hf_import import load_hf
-from megatron_aligndistil.checkpoint.index import check_files
+from megatron_aligndistil.checkpoint.hf_import import HEAD_SEED, draw_head, load_hf, not_a_language_model
+from megatron_aligndistil.checkpoint.index import check_files, stored_dtypes
 from megatron_aligndistil.checkpoint.locate import WEIGHTS, kind_of, model_path, read_state
 from megatron_aligndistil.checkpoint.metadata import read_config
-from megatron_aligndistil.checkpoint.placement import placed_parameters
 from megatron_aligndistil.checkpoint.sources import GGUFFile, SafetensorsFolder, TensorSource
 from megatron_aligndistil.errors import CheckpointError
 from megatron_aligndistil.models.families.rules import VOCAB
+from megatron_aligndistil.models.families.table import SCALAR_HEAD
+from megatron_aligndistil.models.placement import placed_parameters
 from megatron_aligndistil.models.policy import HiddenStateModel
 
 # Layers under their own names, not stacked along an axis; pass a copy, Megatron-Core adds its process groups.
@@ -44,10 +45,11 @@ def open_source(path: Path) -> TensorSource:
     return GGUFFile(path, read_config(path)) if path.is_file() else SafetensorsFolder(path)
 
 
-def load_weights(chunks: Sequence[HiddenStateModel], path: str | Path) -> None:
+def load_weights(chunks: Sequence[HiddenStateModel], path: str | Path, head_seed: int = HEAD_SEED) -> None:
     """Fill every parameter of this rank from a Hugging Face folder, a GGUF file, a Megatron checkpoint or a run.
 
-    Every rank calls it. Values are cast to the parameters' dtype; padded vocabulary rows become zero.
+    Every rank calls it. Values are cast to the parameters' dtype; padded vocabulary rows become zero. A model with a
+    scalar head takes a language model's weights too: the head is then drawn with ``head_seed``, alike in every layout.
 
     Raises:
         CheckpointError: names the file that is missing, damaged or doesn't fit the model.
@@ -55,10 +57,34 @@ def load_weights(chunks: Sequence[HiddenStateModel], path: str | Path) -> None:
     found = model_path(path)
     if kind_of(found) == "megatron":
         read_state(found)
-        _load_in_place(model_state(chunks), found / WEIGHTS)
-        _clear_padding(chunks)
+        _load_megatron(chunks, found, head_seed)
     else:
-        load_hf(chunks, open_source(found))
+        load_hf(chunks, open_source(found), head_seed)
+
+
+def _load_megatron(chunks: Sequence[HiddenStateModel], checkpoint: Path, head_seed: int) -> None:
+    folder, scalar = checkpoint / WEIGHTS, chunks[0].architecture.scalar_head
+    if (SCALAR_HEAD.parameter in stored_dtypes(folder)) == scalar:
+        load_in_place(chunks, folder)
+        return
+    if not scalar:
+        raise not_a_language_model(checkpoint)
+    state = model_state(chunks)
+    for tensors in state.values():
+        tensors.pop(SCALAR_HEAD.parameter, None)
+    _load_in_place(state, folder)
+    _clear_padding(chunks)
+    draw_head(chunks, checkpoint, head_seed)
+
+
+def load_in_place(chunks: Sequence[HiddenStateModel], folder: Path) -> None:
+    """Fill every parameter of this rank from a distributed checkpoint. Every rank calls it.
+
+    Raises:
+        CheckpointError: as ``load_distributed``.
+    """
+    _load_in_place(model_state(chunks), folder)
+    _clear_padding(chunks)
 
 
 def save_weights(chunks: Sequence[HiddenStateModel], folder: Path) -> None:

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 
 from megatron_aligndistil.config.checks import Runtime, processes_have_a_gpu_each
 from megatron_aligndistil.config.layout_rules import LAYOUT_RULES, context_parallel_is_not_asked_of_a_cpu
+from megatron_aligndistil.config.optional import OptionalInt, OptionalStr
 from megatron_aligndistil.config.rules import CHOICE_AND_RANGE_RULES, packed_row_holds_the_longest_example
 from megatron_aligndistil.config.schema import (
     DataConfig,
     KernelConfig,
     ModelConfig,
-    OptionalInt,
-    OptionalStr,
     RunConfig,
     TrainerConfig,
 )

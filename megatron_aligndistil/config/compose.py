@@ -23,7 +23,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from megatron_aligndistil.config.atomic import write_text
-from megatron_aligndistil.config.schema import AlignDistilRunConfig, DPORunConfig, RunConfig, SFTRunConfig
+from megatron_aligndistil.config.schema import (
+    AlignDistilRunConfig,
+    DPORunConfig,
+    PolicyGradientRunConfig,
+    PPORunConfig,
+    RewardModelRunConfig,
+    RTORunConfig,
+    RunConfig,
+    SFTRunConfig,
+)
 from megatron_aligndistil.errors import ConfigError
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -32,6 +41,11 @@ SCHEMAS: Mapping[str, type[RunConfig]] = {
     "dpo": DPORunConfig,
     "reverse_dpo": DPORunConfig,
     "aligndistil": AlignDistilRunConfig,
+    "reward_model": RewardModelRunConfig,
+    "ppo": PPORunConfig,
+    "rto": RTORunConfig,
+    "sentence_pg": PolicyGradientRunConfig,
+    "token_pg": PolicyGradientRunConfig,
 }
 Settings = TypeVar("Settings")
 

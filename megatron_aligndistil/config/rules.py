@@ -9,86 +9,34 @@ from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
 
-from megatron_aligndistil.config.schema import AlignDistilModelConfig, DPOModelConfig, ModelConfig, RunConfig
+from megatron_aligndistil.config.key_ranges import (
+    AT_LEAST_ONE,
+    CHOICES,
+    MINUS_ONE_OR_POSITIVE,
+    NOT_NEGATIVE,
+    PATHS,
+    POSITIVE,
+)
+from megatron_aligndistil.config.schema import (
+    AlignDistilModelConfig,
+    DPOModelConfig,
+    ModelConfig,
+    OptimConfig,
+    PPOModelConfig,
+    RewardModelModelConfig,
+    RunConfig,
+)
 
 Rule = Callable[[RunConfig], str | None]
 
-CHOICES = {
-    "trainer.accelerator": ("auto", "gpu", "cpu"),
-    "trainer.precision": ("bf16-mixed", "32", "64"),
-    "model.activations_checkpoint_granularity": (None, "selective", "full"),
-    "model.activations_checkpoint_method": (None, "uniform", "block"),
-    "model.data.responses": ("chosen", "rejected", "both"),
-    "model.data.long_prompt": ("drop", "truncate_left"),
-    "model.data.long_response": ("truncate_right", "drop"),
-    "model.data.batching": ("bucketed", "packed"),
-    "model.optim.name": ("adam", "distributed_fused_adam"),
-    "model.optim.sched.name": ("CosineAnnealing", "WarmupAnnealing", "WarmupPolicy"),
-    "model.kernel.plan": ("auto", "store", "recompute"),
-    "model.kernel.backend": ("auto", "pytorch", "native", "triton"),
-    "model.aligndistil.reward": ("contrastive", "vanilla"),
-    "model.aligndistil.weight": ("adaptive", "constant"),
-}
-
-# Ranges of numbers; a key that is unset (null) is not judged.
-AT_LEAST_ONE = (
-    "trainer.num_nodes",
-    "trainer.devices",
-    "trainer.max_epochs",
-    "trainer.log_every_n_steps",
-    "trainer.timeout_minutes",
-    "model.micro_batch_size",
-    "model.global_batch_size",
-    "model.tensor_model_parallel_size",
-    "model.pipeline_model_parallel_size",
-    "model.context_parallel_size",
-    "model.make_vocab_size_divisible_by",
-    "model.activations_checkpoint_num_layers",
-    "model.data.max_prompt_length",
-    "model.data.num_workers",
-    "model.kernel.chunk_tokens",
-    "model.kernel.workspace_mib",
-)
-NOT_NEGATIVE = (
-    "trainer.val_check_interval",
-    "trainer.gradient_clip_val",
-    "exp_manager.checkpoint_callback_params.every_n_train_steps",
-    "model.seed",
-    "model.optim.lr",
-    "model.optim.weight_decay",
-    "model.optim.sched.min_lr",
-    "model.optim.sched.warmup_steps",
-)
-POSITIVE = (
-    "model.optim.eps",
-    "model.dpo.beta",
-    "model.aligndistil.alpha",
-    "model.aligndistil.epsilon",
-    "model.aligndistil.beta0",
-    "model.aligndistil.tvd_scale",
-)
-MINUS_ONE_OR_POSITIVE = (
-    "trainer.max_steps",
-    "trainer.limit_val_batches",
-    "exp_manager.checkpoint_callback_params.save_top_k",
-)
-
-PATHS = (
-    "model.restore_from_path",
-    "model.data.chat_template",
-    "model.dpo.reference_path",
-    "model.aligndistil.dpo_path",
-    "model.aligndistil.reverse_dpo_path",
-    "model.aligndistil.initial_path",
-)
 DATA_FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def _present(config: RunConfig, keys: tuple[str, ...]) -> Iterator[tuple[str, object]]:
     """(key, value) of those keys that this run's schema has and that are set."""
     for key in keys:
-        section = key.split(".")[1]
-        if section in ("dpo", "aligndistil") and not hasattr(config.model, section):
+        part, section = key.split(".")[:2]
+        if part == "model" and not hasattr(config.model, section):
             continue
         value = attrgetter(key)(config)
         if value is not None:
@@ -97,7 +45,7 @@ def _present(config: RunConfig, keys: tuple[str, ...]) -> Iterator[tuple[str, ob
 
 def sequences_per_example(model: ModelConfig) -> int:
     """Two where the examples are pairs, which a micro-batch and a packed row hold together."""
-    return 2 if isinstance(model, DPOModelConfig) else 1
+    return 2 if isinstance(model, DPOModelConfig | RewardModelModelConfig) else 1
 
 
 def every_choice_is_one_of_its_values(config: RunConfig) -> str | None:
@@ -122,29 +70,38 @@ def every_number_is_in_its_range(config: RunConfig) -> str | None:
     return None
 
 
+def _optims(config: RunConfig) -> Iterator[tuple[str, OptimConfig]]:
+    """(key, section) of every optimizer of this run."""
+    yield "model.optim", config.model.optim
+    if isinstance(config.model, PPOModelConfig):
+        yield "model.ppo.critic.optim", config.model.ppo.critic.optim
+
+
 def betas_are_two_numbers_below_one(config: RunConfig) -> str | None:
-    betas = config.model.optim.betas
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        return f"model.optim.betas={betas}: must be two numbers in [0, 1), such as [0.9,0.95]"
+    for key, optim in _optims(config):
+        betas = optim.betas
+        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+            return f"{key}.betas={betas}: must be two numbers in [0, 1), such as [0.9,0.95]"
     return None
 
 
 def min_lr_is_at_most_lr(config: RunConfig) -> str | None:
-    optim = config.model.optim
-    if optim.sched.min_lr > optim.lr:
-        return f"model.optim.sched.min_lr={optim.sched.min_lr}: above model.optim.lr={optim.lr}; lower it"
+    for key, optim in _optims(config):
+        if optim.sched.min_lr > optim.lr:
+            return f"{key}.sched.min_lr={optim.sched.min_lr}: above {key}.lr={optim.lr}; lower it"
     return None
 
 
 def warmup_is_given_once(config: RunConfig) -> str | None:
-    sched = config.model.optim.sched
-    if sched.warmup_steps is not None and sched.warmup_ratio is not None:
-        return (
-            f"model.optim.sched.warmup_steps={sched.warmup_steps}: warmup_ratio={sched.warmup_ratio} is set too; "
-            f"add model.optim.sched.warmup_ratio=null"
-        )
-    if sched.warmup_ratio is not None and not 0.0 <= sched.warmup_ratio < 1.0:
-        return f"model.optim.sched.warmup_ratio={sched.warmup_ratio}: must be in [0, 1), a share of all steps"
+    for key, optim in _optims(config):
+        sched = optim.sched
+        if sched.warmup_steps is not None and sched.warmup_ratio is not None:
+            return (
+                f"{key}.sched.warmup_steps={sched.warmup_steps}: warmup_ratio={sched.warmup_ratio} is set too; "
+                f"add {key}.sched.warmup_ratio=null"
+            )
+        if sched.warmup_ratio is not None and not 0.0 <= sched.warmup_ratio < 1.0:
+            return f"{key}.sched.warmup_ratio={sched.warmup_ratio}: must be in [0, 1), a share of all steps"
     return None
 
 
@@ -187,7 +144,7 @@ def packed_row_holds_the_longest_example(config: RunConfig) -> str | None:
 
 def pairs_are_not_split_by_responses(config: RunConfig) -> str | None:
     responses = config.model.data.responses
-    if isinstance(config.model, DPOModelConfig) and responses != "chosen":
+    if sequences_per_example(config.model) == 2 and responses != "chosen":
         return f"model.data.responses={responses}: {config.algorithm} takes both responses of a pair; remove the key"
     return None
 

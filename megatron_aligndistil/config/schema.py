@@ -6,15 +6,12 @@ No torch, no Hydra here. Dataclasses are not frozen, since OmegaConf must be abl
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 from omegaconf import MISSING
 
-# OmegaConf resolves annotations at run time and does not understand ``X | None``.
-OptionalInt = Optional[int]
-OptionalStr = Optional[str]
-OptionalBool = Optional[bool]
-OptionalFloat = Optional[float]
+from megatron_aligndistil.config.optional import OptionalBool, OptionalFloat, OptionalInt, OptionalStr
+from megatron_aligndistil.config.rollout_schema import RewardConfig, RolloutConfig
 
 
 @dataclass(kw_only=True)
@@ -168,6 +165,7 @@ class DPOConfig:
 class AlignDistilConfig:
     """``model.aligndistil`` (paper Eq. 16-19)."""
 
+    source: str = "dataset"  # dataset (off-policy, Eq. 19) | rollout (on-policy, Eq. 18; model.rollout)
     reward: str = "contrastive"  # contrastive (DPO against reverse DPO) | vanilla (DPO against the initial model)
     weight: str = "adaptive"  # adaptive (alpha x TVD + epsilon) | constant (alpha for every token)
     alpha: float = 20.0
@@ -180,6 +178,57 @@ class AlignDistilConfig:
     # Vanilla's reference, and the model that kl_to_initial is measured to; default: restore_from_path.
     initial_path: OptionalStr = None
     measure_initial_kl: bool = False  # kl_to_initial in training and validation, for one more frozen forward pass
+    measure_token_reward: bool = False  # token_reward of the responses themselves, for two more log-probs a token
+
+
+@dataclass(kw_only=True)
+class RewardModelConfig:
+    """``model.reward_model`` (paper Eq. 1)."""
+
+    margin_regularisation: float = 0.0  # times the squared sum of a pair's rewards, which Eq. 1 leaves free
+
+
+@dataclass(kw_only=True)
+class CriticConfig:
+    """``model.ppo.critic``: the value head's model."""
+
+    path: OptionalStr = None  # default: the reward model, else restore_from_path; a missing head starts at random
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=9e-6))
+
+
+@dataclass(kw_only=True)
+class PPOConfig:
+    """``model.ppo``; rto takes the same section."""
+
+    kl_coef: float = 0.01  # of log pi_old - log pi_ref in a token's reward
+    kl_target: OptionalFloat = None  # nats a token: adapts kl_coef to hold it
+    kl_horizon: int = 10000  # responses over which it adapts
+    reference_path: OptionalStr = None  # default: restore_from_path
+    clip: float = 0.2
+    value_clip: float = 0.2
+    discount: float = 1.0
+    gae_lambda: float = 0.95
+    whiten_advantages: bool = True
+    critic: CriticConfig = field(default_factory=CriticConfig)
+
+
+@dataclass(kw_only=True)
+class RTOConfig:
+    """``model.rto``: what RTO adds to PPO's token rewards."""
+
+    dpo_path: str = MISSING
+    beta1: float = 0.1  # times log pi_d - log pi_ref; the KL penalty beta2 is model.ppo.kl_coef
+
+
+@dataclass(kw_only=True)
+class PolicyGradientConfig:
+    """``model.pg``: the scalar policy gradients (paper Eq. 42 and section 6.5)."""
+
+    dpo_path: str = MISSING
+    reverse_dpo_path: str = MISSING
+    beta0: float = 0.1  # of the contrastive reward
+    beta: float = 0.08  # of the KL to the DPO model
+    normalize_by_length: bool = True
 
 
 @dataclass(kw_only=True)
@@ -194,7 +243,31 @@ class DPOModelConfig(ModelConfig):
 
 @dataclass(kw_only=True)
 class AlignDistilModelConfig(ModelConfig):
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)  # with aligndistil.source=rollout
     aligndistil: AlignDistilConfig = field(default_factory=AlignDistilConfig)
+
+
+@dataclass(kw_only=True)
+class RewardModelModelConfig(ModelConfig):
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+
+
+@dataclass(kw_only=True)
+class PPOModelConfig(ModelConfig):
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+
+
+@dataclass(kw_only=True)
+class RTOModelConfig(PPOModelConfig):
+    rto: RTOConfig = field(default_factory=RTOConfig)
+
+
+@dataclass(kw_only=True)
+class PolicyGradientModelConfig(ModelConfig):
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    pg: PolicyGradientConfig = field(default_factory=PolicyGradientConfig)
 
 
 @dataclass(kw_only=True)
@@ -220,3 +293,23 @@ class DPORunConfig(RunConfig):
 @dataclass(kw_only=True)
 class AlignDistilRunConfig(RunConfig):
     model: AlignDistilModelConfig = field(default_factory=AlignDistilModelConfig)
+
+
+@dataclass(kw_only=True)
+class RewardModelRunConfig(RunConfig):
+    model: RewardModelModelConfig = field(default_factory=RewardModelModelConfig)
+
+
+@dataclass(kw_only=True)
+class PPORunConfig(RunConfig):
+    model: PPOModelConfig = field(default_factory=PPOModelConfig)
+
+
+@dataclass(kw_only=True)
+class RTORunConfig(RunConfig):
+    model: RTOModelConfig = field(default_factory=RTOModelConfig)
+
+
+@dataclass(kw_only=True)
+class PolicyGradientRunConfig(RunConfig):
+    model: PolicyGradientModelConfig = field(default_factory=PolicyGradientModelConfig)

@@ -111,7 +111,7 @@ def _kept(tokenized: Dataset, name: str, rows: int) -> tuple[Dataset, Summary]:
     prompts = pc.list_value_length(table.column("prompt")).to_numpy()[keep].astype(np.int64)
     counts = pc.list_value_length(table.column("responses")).to_numpy()[keep]
     response_tokens = _tokens_of(table.column("responses"))[keep]
-    lengths = prompts * counts + response_tokens
+    lengths = prompts * np.maximum(counts, 1) + response_tokens
     kept = tokenized.select(keep).remove_columns(["truncated", "dropped"])
     summary = Summary(
         name=name,

@@ -66,6 +66,8 @@ class ChatFormat:
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of rendered texts; templates write the special tokens themselves, so none is added."""
+        if not texts:  # the tokenizer refuses an empty list
+            return []
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _render(self, messages: list[Message], generation: bool = False) -> str:

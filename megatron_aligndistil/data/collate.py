@@ -85,7 +85,16 @@ def micro_batches(examples: Items[Example], data_rank: int, data_size: int, how:
         sizes = [(max(rows for rows, _ in sizes), max(length for _, length in sizes))] * len(sizes)
     collate = _packed if packed else _bucketed
     origins = [tuple(mine[i].origin for i in group) for group in groups]
-    return [collate(sequences, size, names) for sequences, size, names in zip(members, sizes, origins, strict=True)]
+    batches = [collate(sequences, size, names) for sequences, size, names in zip(members, sizes, origins, strict=True)]
+    for batch, group in zip(batches, groups, strict=True):
+        batch.values = _values([mine[i] for i in group] or mine[:1], bool(group))
+    return batches
+
+
+def _values(examples: Items[Example], filled: bool) -> dict[str, torch.Tensor]:
+    """The examples' numbers a response token [T] under their names; of an empty micro-batch the names with T = 0."""
+    joined = {name: np.concatenate([example.values[name] for example in examples]) for name in examples[0].values}
+    return {name: torch.from_numpy(values if filled else values[:0]) for name, values in joined.items()}
 
 
 def _size(sequences: list[Sequence], packed: bool, pad_multiple: int) -> tuple[int, int]:

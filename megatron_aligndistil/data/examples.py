@@ -144,6 +144,8 @@ def _key(recipe: Recipe) -> str:
 
 def _example(origin: pa.Scalar, prompt: pa.ListScalar, responses: pa.ListScalar) -> Example:
     prompt_ids = prompt.values.to_numpy()
+    if not len(responses):  # a prompt that a rollout answers
+        return Example(origin.as_py(), (Sequence(np.array(prompt_ids), len(prompt_ids)),))
     sequences = (
         Sequence(np.concatenate([prompt_ids, response.values.to_numpy()]), len(prompt_ids)) for response in responses
     )

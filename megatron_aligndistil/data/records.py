@@ -12,7 +12,7 @@ from megatron_aligndistil.data.transforms import unpair
 from megatron_aligndistil.errors import DataError
 from megatron_aligndistil.types import Message, Record
 
-Kind = Literal["preference", "demonstration"]
+Kind = Literal["preference", "demonstration", "prompt"]
 Prompt = tuple[Message, ...]
 
 SHOWN_CHARACTERS = 60
@@ -26,8 +26,9 @@ def read_records(source: str, kind: Kind, responses: str = "chosen") -> Iterator
     """The records of a data set in file order.
 
     ``source`` is a hub name (``name`` or ``name:split``), a .jsonl or .parquet file, or a folder of them. ``kind``
-    "preference" gives (chosen, rejected) records, "demonstration" records of one response; ``responses`` says which
-    ones of a preference row. Raises ``DataError`` at the first row that can't be read.
+    "preference" gives (chosen, rejected) records, "demonstration" records of one response, "prompt" records of none;
+    ``responses`` says which ones of a preference row a demonstration is. Raises ``DataError`` at the first row that
+    can't be read.
     """
     for part in resolve(source):
         with TemporaryDirectory() as scratch:
@@ -40,6 +41,8 @@ def records_of(row: Mapping[str, Any], origin: str, kind: Kind, responses: str =
     """The records that one row gives: one, or two for a demonstration of ``responses="both"``."""
     if kind not in get_args(Kind):
         raise ValueError(f"kind is {kind!r}, not one of {get_args(Kind)}")
+    if kind == "prompt":
+        return (Record(origin, _prompt(row, origin), ()),)
     record = read_record(row, origin)
     if kind == "demonstration":
         return unpair(responses)(record)
@@ -61,6 +64,19 @@ def read_record(row: Mapping[str, Any], origin: str) -> Record:
             prompt, response = _conversation(row, field, origin)
             return Record(origin, prompt, (response,))
     raise DataError(f"{origin}: no response in its fields {_fields(row)}; give {SCHEMAS}")
+
+
+def _prompt(row: Mapping[str, Any], origin: str) -> Prompt:
+    """What a row of any schema asks: a prompt on its own, messages that end with the user's, or before the response."""
+    if not any(_has(row, field) for field in ("chosen", "rejected", "messages", *RESPONSE_FIELDS)):
+        if not _has(row, "prompt"):
+            raise DataError(f"{origin}: no prompt in its fields {_fields(row)}; give prompt, or {SCHEMAS}")
+        return _prompt_field(row, origin)
+    if not _has(row, "chosen") and _has(row, "messages"):
+        turns = _messages(row["messages"], origin, "messages")
+        if turns and turns[-1]["role"] == "user":
+            return turns
+    return read_record(row, origin).prompt
 
 
 def _pair(row: Mapping[str, Any], origin: str) -> tuple[Prompt, str, str]:

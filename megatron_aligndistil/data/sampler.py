@@ -44,7 +44,7 @@ class BatchSampler:
     def batch(self, step: int) -> np.ndarray:
         """Indices [global_batch_size] of the examples of a step, counted from 0 over all epochs."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = _order(self.n_examples, self.seed, epoch) if self.shuffle else np.arange(self.n_examples)
+        order = epoch_order(self.n_examples, self.seed, epoch) if self.shuffle else np.arange(self.n_examples)
         start = position * self.global_batch_size
         return order[start : start + self.global_batch_size]
 
@@ -55,8 +55,11 @@ class BatchSampler:
 
 
 @lru_cache(maxsize=2)
-def _order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch, [n]. Philox's raw stream is fixed for all versions of NumPy, ``permutation`` isn't."""
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch, [n], not to be written to.
+
+    Philox's raw stream is fixed for all versions of NumPy, ``permutation`` isn't.
+    """
     key = np.array([seed % 2**64, epoch], dtype=np.uint64)
     order = np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
     order.flags.writeable = False

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_aligndistil.algorithms.algorithm import Algorithm
+from megatron_aligndistil.algorithms.algorithm import Algorithm, Role
 from megatron_aligndistil.algorithms.table import ALGORITHMS
 from megatron_aligndistil.checkpoint.hf_export import export_hf
 from megatron_aligndistil.checkpoint.locate import (
@@ -29,6 +29,7 @@ from megatron_aligndistil.data.examples import Coordination, ExampleSet, load_ex
 from megatron_aligndistil.data.sampler import BatchSampler
 from megatron_aligndistil.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_aligndistil.errors import CheckpointError, ConfigError
+from megatron_aligndistil.launch.rollouts import RolloutModels, rollout_source
 from megatron_aligndistil.models.frozen import FrozenModel
 from megatron_aligndistil.models.policy import (
     HiddenStateModel,
@@ -41,10 +42,10 @@ from megatron_aligndistil.parallel import collectives, groups, setup
 from megatron_aligndistil.parallel.setup import Layout
 from megatron_aligndistil.trainer.hooks import Hook
 from megatron_aligndistil.trainer.loop import LoopSettings, Trainer
-from megatron_aligndistil.trainer.objective import Objective
+from megatron_aligndistil.trainer.objective import CRITIC, POLICY, Learner, Objective
 from megatron_aligndistil.trainer.optimizer import prepare
 from megatron_aligndistil.trainer.reporting import MetricsFile, ProgressBar, TensorBoard, WeightsAndBiases
-from megatron_aligndistil.trainer.source import DatasetSource
+from megatron_aligndistil.trainer.source import BatchSource, DatasetSource
 
 logger = logging.getLogger(__name__)
 
@@ -70,34 +71,63 @@ def _train(config: RunConfig, layout: Layout) -> None:
     log_dir = log_directory(config.exp_manager)
     checkpoint = checkpoint_to_resume(config.exp_manager, log_dir)
     algorithm = ALGORITHMS[config.algorithm](config)
-    architecture = read_architecture(config.model.restore_from_path)
-    check_model(config, architecture)
+    check_model(config, read_architecture(config.model.restore_from_path))
     _check_tokenizers(config, algorithm)
-    source, provenance = _data(config, algorithm)
-    total_steps = config.trainer.max_steps
-    if total_steps < 0:
-        total_steps = config.trainer.max_epochs * source.steps_per_epoch
+    train, validation = _examples(config, algorithm)
     if groups.world().rank == 0:
         save_resolved(config, log_dir / "config.yaml")
 
     settings = _model_settings(config, layout)
-    chunks = build_chunks(architecture, settings)
-    load_weights(chunks, checkpoint or config.model.restore_from_path)
+    chunks = _trained_chunks(config, config.model.restore_from_path, algorithm.scalar, settings)
+    critic = [] if algorithm.critic is None else _trained_chunks(config, algorithm.critic.path, True, settings)
     frozen = _frozen_models(config, algorithm, settings)
-    policy = prepare(chunks, config.model.optim, config.trainer.gradient_clip_val, total_steps)
-    trainer = Trainer(
-        Objective(algorithm, chunks, frozen),
-        policy,
-        source,
-        _loop_settings(config, total_steps, log_dir),
-        _hooks(config, log_dir, provenance),
-    )
-    if checkpoint is not None:
-        trainer.step = resume(policy, checkpoint, provenance)
-        logger.info("resumed from %s after step %d", checkpoint, trainer.step)
-    trainer.fit()
+    if algorithm.experience is None:
+        source: BatchSource = _dataset_source(config, algorithm, train, validation)
+        drawn = ""
+    else:
+        models = RolloutModels(chunks, critic, frozen, algorithm.experience)
+        source, drawn = rollout_source(config, models, train, validation, log_dir)
+    try:
+        total_steps = config.trainer.max_steps
+        if total_steps < 0:
+            total_steps = config.trainer.max_epochs * source.steps_per_epoch
+        learners = _learners(config, algorithm, (chunks, critic, frozen), total_steps)
+        provenance = _provenance(config, train, drawn)
+        hooks = _hooks(config, log_dir, provenance)
+        trainer = Trainer(learners, source, _loop_settings(config, total_steps, log_dir), hooks)
+        if checkpoint is not None:
+            trainer.step = resume(learners, source, checkpoint, provenance)
+            logger.info("resumed from %s after step %d", checkpoint, trainer.step)
+        trainer.fit()
+    finally:
+        source.close()
     if config.exp_manager.checkpoint_callback_params.export_hf_on_train_end:
         _export(config, chunks, log_dir / "huggingface")
+
+
+def _learners(
+    config: RunConfig,
+    algorithm: Algorithm,
+    models: tuple[list[HiddenStateModel], list[HiddenStateModel], dict[str, FrozenModel]],
+    total_steps: int,
+) -> list[Learner]:
+    chunks, critic, frozen = models
+    clip = config.trainer.gradient_clip_val
+    policy = prepare(chunks, config.model.optim, clip, total_steps)
+    learners = [Learner(POLICY, policy, Objective(algorithm, chunks, frozen))]
+    if algorithm.critic is not None:
+        of_critic = Algorithm(CRITIC, algorithm.kind, algorithm.critic.loss, scalar=True)
+        trained = prepare(critic, algorithm.critic.optim, clip, total_steps)
+        learners.append(Learner(CRITIC, trained, Objective(of_critic, critic, {})))
+    return learners
+
+
+def _trained_chunks(config: RunConfig, path: str, scalar: bool, settings: ModelSettings) -> list[HiddenStateModel]:
+    architecture = read_architecture(path)
+    check_model(config, architecture)
+    chunks = build_chunks(architecture.with_scalar_head() if scalar else architecture, settings)
+    load_weights(chunks, path)
+    return chunks
 
 
 def _export(config: RunConfig, chunks: list[HiddenStateModel], folder: Path) -> None:
@@ -140,16 +170,20 @@ def _check_tokenizers(config: RunConfig, algorithm: Algorithm) -> None:
         return tokenizer_fingerprint(load_tokenizer(str(metadata_source(path))))
 
     own = fingerprint(config.model.restore_from_path)
-    for role in algorithm.roles.values():
-        if role.path != config.model.restore_from_path and fingerprint(role.path) != own:
+    others = [(role.config_key, role.path) for role in algorithm.every_role.values()]
+    if algorithm.critic is not None:
+        others.append((algorithm.critic.config_key, algorithm.critic.path))
+    for key, path in others:
+        if path != config.model.restore_from_path and fingerprint(path) != own:
             raise CheckpointError(
-                f"{role.config_key}={role.path}: its tokenizer is not the one of model.restore_from_path="
+                f"{key}={path}: its tokenizer is not the one of model.restore_from_path="
                 f"{config.model.restore_from_path}; distributions over different vocabularies cannot be compared: "
                 "take a model of the same family and tokenizer"
             )
 
 
-def _data(config: RunConfig, algorithm: Algorithm) -> tuple[DatasetSource, Provenance]:
+def _examples(config: RunConfig, algorithm: Algorithm) -> tuple[ExampleSet, ExampleSet | None]:
+    """The training examples, and the validation ones where there are any."""
     model = config.model
     tokenizer = load_tokenizer(str(metadata_source(model.restore_from_path)), model.data.chat_template)
     coordination = Coordination(is_builder=os.environ.get("LOCAL_RANK", "0") == "0", barrier=collectives.barrier)
@@ -161,26 +195,30 @@ def _data(config: RunConfig, algorithm: Algorithm) -> tuple[DatasetSource, Prove
         return loaded
 
     train = examples("train")
-    validation = examples("validation") if model.data.data_prefix.validation else None
+    return train, examples("validation") if model.data.data_prefix.validation else None
+
+
+def _dataset_source(
+    config: RunConfig, algorithm: Algorithm, train: ExampleSet, validation: ExampleSet | None
+) -> DatasetSource:
+    model = config.model
     sampler = BatchSampler(len(train), model.global_batch_size, model.seed, model.data.shuffle)
     logger.info("training: %s", sampler.line())
-    source = DatasetSource(
-        train,
-        validation,
-        sampler,
-        MicroBatching.from_config(model, algorithm.kind),
-        groups.data(),
-        config.trainer.limit_val_batches,
-    )
-    provenance = Provenance(
-        algorithm=algorithm.name,
+    batching = MicroBatching.from_config(model, algorithm.kind)
+    return DatasetSource(train, validation, sampler, batching, groups.data(), config.trainer.limit_val_batches)
+
+
+def _provenance(config: RunConfig, train: ExampleSet, rollout: str) -> Provenance:
+    model = config.model
+    return Provenance(
+        algorithm=config.algorithm,
         optimizer=model.optim.name,
         seed=model.seed,
         global_batch_size=model.global_batch_size,
         train_examples=len(train),
         train_fingerprint=train.fingerprint,
+        rollout=rollout,
     )
-    return source, provenance
 
 
 def _model_settings(config: RunConfig, layout: Layout) -> ModelSettings:
@@ -221,13 +259,23 @@ def _installed(package: str) -> bool:
 
 def _frozen_models(config: RunConfig, algorithm: Algorithm, settings: ModelSettings) -> dict[str, FrozenModel]:
     """One model a path: roles that name the same one share it."""
-    by_path: dict[str, FrozenModel] = {}
-    for role in algorithm.roles.values():
-        if role.path not in by_path:
-            chunks = build_chunks(read_architecture(role.path), settings)
-            load_weights(chunks, role.path)
-            by_path[role.path] = FrozenModel(chunks, config.model.frozen.offload)
-    return {name: by_path[role.path] for name, role in algorithm.roles.items()}
+    by_path: dict[tuple[str, bool], FrozenModel] = {}
+    for role in algorithm.every_role.values():
+        key = role.path, role.scalar
+        if key not in by_path:
+            by_path[key] = FrozenModel(_frozen_chunks(config, role, settings), config.model.frozen.offload)
+    return {name: by_path[role.path, role.scalar] for name, role in algorithm.every_role.items()}
+
+
+def _frozen_chunks(config: RunConfig, role: Role, settings: ModelSettings) -> list[HiddenStateModel]:
+    architecture = read_architecture(role.path)
+    if architecture.scalar_head != role.scalar:
+        found, wanted = ("a reward model", "a language model")[:: 1 if architecture.scalar_head else -1]
+        raise CheckpointError(f"{role.config_key}={role.path}: {found}, and {wanted} is needed; give another path")
+    check_model(config, architecture)
+    chunks = build_chunks(architecture, settings)
+    load_weights(chunks, role.path)
+    return chunks
 
 
 def _loop_settings(config: RunConfig, total_steps: int, log_dir: Path) -> LoopSettings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,10 @@ class Llama3RopeScaling:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A dense decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+    """A dense decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+    Its head gives a logit a vocabulary entry, or one number (``scalar_head``: reward models and critics).
+    """
 
     family: str
     num_layers: int
@@ -35,6 +38,11 @@ class Architecture:
     qkv_bias: bool
     qk_norm: bool
     tied_embeddings: bool
+    scalar_head: bool = False
+
+    def with_scalar_head(self) -> Architecture:
+        """The same decoder under a head of one output, which shares nothing with the embedding."""
+        return replace(self, scalar_head=True, tied_embeddings=False)
 
     def padded_vocab_size(self, divisible_by: int, tensor_parallel: int) -> int:
         """Vocabulary rows including padding.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_aligndistil.models.heads import Projection, head_of, response_hidden_states
+from megatron_aligndistil.models.heads import head_of, project
 from megatron_aligndistil.models.policy import HiddenStateModel
 from megatron_aligndistil.parallel import groups, schedule
 from megatron_aligndistil.types import Batch, VocabHead
@@ -21,27 +22,28 @@ logger = logging.getLogger(__name__)
 
 
 class FrozenModel:
-    """A model without gradients. ``head`` is None on all but the last pipeline stage."""
+    """A model without gradients. ``head`` is None on all but the last pipeline stage, and of a scalar model."""
 
     def __init__(self, chunks: Sequence[HiddenStateModel], offload: bool) -> None:
         self.chunks = list(chunks)
         for chunk in self.chunks:
             chunk.eval().requires_grad_(False)
         self.device = next(self.chunks[0].parameters()).device
-        self.head: VocabHead | None = head_of(self.chunks[-1]) if groups.is_last_stage() else None
+        has_head = groups.is_last_stage() and not self.chunks[-1].architecture.scalar_head
+        self.head: VocabHead | None = head_of(self.chunks[-1]) if has_head else None
         self.offload = offload and self.device.type == "cuda"
         if offload and not self.offload:
             logger.info("model.frozen.offload: the device is the host already; nothing is moved")
         self._move(torch.device("cpu"))
 
-    def run(self, batches: Sequence[Batch], keep: Callable[[Projection, Batch], Tensor]) -> list[Tensor]:
-        """``keep(projection, micro-batch)`` of every micro-batch, on the last stage; empty elsewhere."""
-        sequence_parallel = self.chunks[0].config.sequence_parallel
+    def run(self, batches: Sequence[Batch], keep: Callable[[Any, Batch], Tensor]) -> list[Tensor]:
+        """``keep(projection, micro-batch)`` of every micro-batch, on the last stage; empty elsewhere.
+
+        The projection is what ``heads.project`` makes of the model's last hidden states.
+        """
 
         def on_last_stage(hidden_SBH: Tensor, index: int) -> Tensor:
-            assert self.head is not None
-            hidden_TH = response_hidden_states(hidden_SBH, batches[index], sequence_parallel)
-            return keep(Projection(hidden_TH, self.head), batches[index])
+            return keep(project(self.chunks[-1], hidden_SBH, batches[index]), batches[index])
 
         self._move(self.device)
         kept = schedule.forward_only(self.chunks, batches, on_last_stage)

@@ -1,9 +1,10 @@
-"""The language-model head of a sharded model, as the kernels take it, and the hidden states that go with it."""
+"""A sharded model's head applied, or made ready to be applied by a kernel, to the last stage's hidden states."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -21,6 +22,48 @@ class Projection:
 
     hidden_TH: Tensor
     head: VocabHead
+
+
+@dataclass(frozen=True)
+class ScalarProjection:
+    """A scalar head's number at every position of whole rows: [B, S] in float32 (float64 for a float64 model)."""
+
+    values_BS: Tensor
+
+
+def project(chunk: HiddenStateModel, hidden_SBH: Tensor, batch: Batch) -> Projection | ScalarProjection:
+    """What a loss, or what keeps a role's output, takes of a micro-batch's last hidden states.
+
+    ``chunk`` is the last one of the last pipeline stage, ``hidden_SBH`` what it returned: this rank's positions of them
+    under context or sequence parallelism.
+    """
+    if chunk.architecture.scalar_head:
+        return ScalarProjection(_scalar_values(chunk, hidden_SBH))
+    return Projection(response_hidden_states(hidden_SBH, batch, chunk.config.sequence_parallel), head_of(chunk))
+
+
+def _scalar_values(chunk: HiddenStateModel, hidden_SBH: Tensor) -> Tensor:
+    """Every tensor rank computes the same values, so each has the whole gradient of its hidden states: none is summed.
+
+    Under sequence parallelism a rank keeps its positions of that gradient.
+    """
+    if chunk.config.sequence_parallel:
+        hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
+    hidden_SBH = context.gather_positions(hidden_SBH)
+    wide = torch.float64 if hidden_SBH.dtype is torch.float64 else torch.float32
+    weight_1H = chunk.score_head.weight
+    return (hidden_SBH.to(wide) @ weight_1H.to(wide).T).squeeze(-1).transpose(0, 1)
+
+
+@torch.no_grad()
+def draw_scalar_head(weight_1H: Tensor, seed: int) -> None:
+    """Fill a scalar head from N(0, 1/(H + 1)): the same values for a seed on every rank and device.
+
+    A score starts with a variance of about one where hidden states come from an RMSNorm.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(weight_1H.shape, generator=generator, dtype=torch.float32)
+    weight_1H.copy_(drawn / (weight_1H.shape[-1] + 1) ** 0.5)
 
 
 def head_of(chunk: HiddenStateModel) -> VocabHead:

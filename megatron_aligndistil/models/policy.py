@@ -1,7 +1,7 @@
 """Building the sharded model: a Megatron-Core GPT whose last stage ends at the last hidden state.
 
 The head is applied by a kernel, which needs the hidden states and the head's shard (``heads.head_of``); no module ever
-returns logits.
+returns logits. A reward model or a critic has a head of one output in its place.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -31,6 +38,8 @@ from megatron_aligndistil.parallel import groups
 from megatron_aligndistil.parallel.setup import Layout
 
 logger = logging.getLogger(__name__)
+
+_SHARDED_ALONG = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
 
 
 @dataclass(frozen=True)
@@ -68,18 +77,41 @@ class HiddenStateModel(GPTModel):
         return hidden_states
 
 
+class ScalarHeadModel(HiddenStateModel):
+    """A ``HiddenStateModel`` with ``score_head`` (Linear, H → 1) on the last stage, the same on every tensor rank.
+
+    The head isn't marked as sequence-parallel: it is applied to whole rows (``heads.project``), so each tensor rank has
+    its whole gradient.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        if self.post_process:
+            del self.output_layer  # Megatron-Core's model has one whatever it is told
+            self.score_head = torch.nn.utils.skip_init(
+                torch.nn.Linear, self.config.hidden_size, 1, bias=False, dtype=self.config.params_dtype
+            )
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> Any:
+        """The modules' states; what ``GPTModel`` adds is about the output layer."""
+        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+
+
 def build_chunks(architecture: Architecture, settings: ModelSettings) -> list[HiddenStateModel]:
     """The model chunks of this rank, on this rank's device, with uninitialised weights.
 
     One chunk, or as many as the virtual pipeline asks for.
     """
     config = transformer_config(architecture, settings)
+    model = ScalarHeadModel if architecture.scalar_head else HiddenStateModel
     virtual = settings.layout.virtual_pipeline
     last_chunk = (virtual or 1) - 1
     chunks = []
     for index in range(virtual or 1):
         stage = index if virtual else None
-        chunk = HiddenStateModel(
+        chunk = model(
             config=config,
             transformer_layer_spec=_block_spec(config, architecture, settings, stage),
             vocab_size=architecture.padded_vocab_size(settings.vocab_divisible_by, settings.layout.tensor),
@@ -96,8 +128,21 @@ def build_chunks(architecture: Architecture, settings: ModelSettings) -> list[Hi
             chunk.rotary_pos_emb.inv_freq = scaled_inverse_frequencies(
                 chunk.rotary_pos_emb.inv_freq, architecture.rope_scaling
             )
+        _mark_shards(chunk)
         chunks.append(chunk.to(torch.cuda.current_device()))
     return chunks
+
+
+def _mark_shards(chunk: HiddenStateModel) -> None:
+    """Mark the weights of which this rank holds a part, as Megatron-Core does only where it initialises them.
+
+    Unmarked ones count in the gradient's norm on the first tensor rank alone, as copies do.
+    """
+    for module in chunk.modules():
+        for kind, dimension in _SHARDED_ALONG.items():
+            weight = module.weight if isinstance(module, kind) else None
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(weight, True, dimension, 1)
 
 
 def transformer_config(architecture: Architecture, settings: ModelSettings) -> TransformerConfig:

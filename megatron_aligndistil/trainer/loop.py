@@ -6,33 +6,19 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from megatron_aligndistil.errors import TrainingError
 from megatron_aligndistil.parallel import groups
 from megatron_aligndistil.trainer.hooks import Hook
 from megatron_aligndistil.trainer.metrics import PhaseClock, Totals, WorldMetrics, peak_memory_gib
-from megatron_aligndistil.trainer.objective import Objective
-from megatron_aligndistil.trainer.optimizer import TrainedModel
+from megatron_aligndistil.trainer.objective import Learner
+from megatron_aligndistil.trainer.source import BatchSource
 from megatron_aligndistil.types import Batch, LossOutput
 
 logger = logging.getLogger(__name__)
-
-
-class BatchSource(Protocol):
-    """Where micro-batches come from."""
-
-    steps_per_epoch: int
-    has_validation: bool
-
-    def step(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of optimizer step ``step`` (from 0): a pure function of the number."""
-
-    def validation(self) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of the validation set, a global batch at a time; may be empty lists."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +33,20 @@ class LoopSettings:
 
 
 class Trainer:
-    """Runs one algorithm on one policy. ``step`` counts finished optimizer steps."""
+    """Runs one algorithm. ``step`` counts finished optimizer steps.
+
+    learners  what is trained, all on the same micro-batches: the policy first
+    """
 
     def __init__(
-        self,
-        objective: Objective,
-        policy: TrainedModel,
-        source: BatchSource,
-        settings: LoopSettings,
-        hooks: Sequence[Hook],
+        self, learners: Sequence[Learner], source: BatchSource, settings: LoopSettings, hooks: Sequence[Hook]
     ) -> None:
-        self.objective = objective
-        self.policy = policy
+        self.learners = list(learners)
         self.source = source
         self.settings = settings
         self.hooks = hooks
         self.step = 0
-        self.device = next(policy.chunks[0].parameters()).device
+        self.device = next(self.learners[0].model.chunks[0].parameters()).device
         self._world = WorldMetrics(self.device)
         self._validated_at = -1
 
@@ -106,45 +89,55 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns the world's metrics, the same on every rank."""
-        start, clock, totals = time.perf_counter(), PhaseClock(), Totals()
+        start, clock = time.perf_counter(), PhaseClock()
         with clock.phase("data"):
             batches = [batch.to(self.device) for batch in self.source.step(self.step)]
-        with clock.phase("frozen"):
-            annotations = self.objective.annotate(batches)
-        with clock.phase("forward_backward"):
-            for chunk in self.policy.wrapped:
-                chunk.train()
-            self.policy.zero_grad()
-            losses = self.objective.gradients(self.policy.wrapped, batches, annotations)
-            totals.add(losses, batches)
-            metrics = self._world.reduce("train", totals)
-        if not math.isfinite(metrics["loss"]):
-            self._stop_on_nonfinite("loss", metrics["loss"], batches, losses)
-        with clock.phase("optimizer"):
-            # The schedule's first step is number 1: warm-up must not spend a step at learning rate 0.
-            self.policy.scheduler.step(1)
-            lr = self.policy.optimizer.param_groups[0]["lr"]
-            _, grad_norm, _ = self.policy.optimizer.step()
-        if grad_norm is not None and not math.isfinite(grad_norm):
-            self._stop_on_nonfinite("grad_norm", float(grad_norm), batches, losses)
+        metrics = dict(self.source.metrics)
+        for learner in self.learners:
+            metrics |= self._learn(learner, batches, clock)
         seconds = time.perf_counter() - start
         metrics |= clock.seconds
-        metrics |= {"lr": lr, "step_seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
-        metrics |= {"peak_memory_gib": peak_memory_gib()}
-        return metrics | ({} if grad_norm is None else {"grad_norm": float(grad_norm)})
+        metrics |= {"step_seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
+        return metrics | {"peak_memory_gib": peak_memory_gib()}
+
+    def _learn(self, learner: Learner, batches: list[Batch], clock: PhaseClock) -> dict[str, float]:
+        """One step of one model; its metrics under names that begin with the learner's prefix."""
+        model, objective, prefix = learner.model, learner.objective, learner.prefix
+        totals = Totals()
+        with clock.phase(f"{prefix}frozen"):
+            annotations = objective.annotate(batches)
+        with clock.phase(f"{prefix}forward_backward"):
+            for chunk in model.wrapped:
+                chunk.train()
+            model.zero_grad()
+            losses = objective.gradients(model.wrapped, batches, annotations)
+            totals.add(losses, batches)
+            metrics = self._world.reduce(f"{prefix}train", totals)
+        if not math.isfinite(metrics["loss"]):
+            self._stop_on_nonfinite(f"{prefix}loss", metrics["loss"], batches, losses)
+        with clock.phase(f"{prefix}optimizer"):
+            # The schedule's first step is number 1: warm-up must not spend a step at learning rate 0.
+            model.scheduler.step(1)
+            metrics["lr"] = model.optimizer.param_groups[0]["lr"]
+            _, grad_norm, _ = model.optimizer.step()
+        if grad_norm is not None:
+            metrics["grad_norm"] = float(grad_norm)
+            if not math.isfinite(grad_norm):
+                self._stop_on_nonfinite(f"{prefix}grad_norm", float(grad_norm), batches, losses)
+        return {f"{prefix}{name}": value for name, value in metrics.items()}
 
     def validate(self) -> dict[str, float]:
         """Metrics over the validation set, without gradients; empty where there is none or it was just done."""
         if not self.source.has_validation or self._validated_at == self.step:
             return {}
-        start, totals = time.perf_counter(), Totals()
-        for chunk in self.policy.wrapped:
-            chunk.eval()
-        for cpu_batches in self.source.validation():
+        start, totals, policy = time.perf_counter(), Totals(), self.learners[0]
+        for cpu_batches in self.source.validation(self.step):
+            for chunk in policy.model.wrapped:
+                chunk.eval()
             batches = [batch.to(self.device) for batch in cpu_batches]
             if batches:
-                totals.add(self.objective.evaluate(batches), batches)
-        metrics = self._world.reduce("validation", totals)
+                totals.add(policy.objective.evaluate(batches), batches)
+        metrics = self._world.reduce("validation", totals) | dict(self.source.metrics)
         metrics["validation_seconds"] = time.perf_counter() - start
         self._validated_at = self.step
         for hook in self.hooks:

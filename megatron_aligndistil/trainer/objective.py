@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,10 +11,27 @@ from torch import Tensor, nn
 
 from megatron_aligndistil.algorithms.algorithm import Algorithm, RoleOutput
 from megatron_aligndistil.models.frozen import FrozenModel
-from megatron_aligndistil.models.heads import Projection, head_of, response_hidden_states
+from megatron_aligndistil.models.heads import project
 from megatron_aligndistil.models.policy import HiddenStateModel
 from megatron_aligndistil.parallel import groups, schedule
+from megatron_aligndistil.trainer.optimizer import TrainedModel
 from megatron_aligndistil.types import Batch, LossOutput
+
+POLICY, CRITIC = "policy", "critic"
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model under training, and what is minimised for it. The policy's metrics have no prefix."""
+
+    name: str
+    model: TrainedModel
+    objective: Objective
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its metrics begin with."""
+        return "" if self.name == POLICY else f"{self.name}_"
 
 
 class Objective:
@@ -57,9 +75,7 @@ class Objective:
         )
 
     def _loss(self, hidden_SBH: Tensor, batch: Batch, annotation: Any) -> LossOutput:
-        last = self.chunks[-1]
-        hidden_TH = response_hidden_states(hidden_SBH, batch, last.config.sequence_parallel)
-        return self.algorithm.loss(Projection(hidden_TH, head_of(last)), batch, annotation)
+        return self.algorithm.loss(project(self.chunks[-1], hidden_SBH, batch), batch, annotation)
 
     def _head(self, role: str) -> Any:
         return self.frozen[role].head

@@ -21,7 +21,15 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 # What the bar shows beside rate and time left, where the algorithm has it.
-_BAR_METRICS = ("loss", "reward_accuracy", "expected_reward", "grad_norm", "tokens_per_second")
+_BAR_METRICS = (
+    "loss",
+    "reward",
+    "reward_accuracy",
+    "expected_reward",
+    "token_reward",
+    "grad_norm",
+    "tokens_per_second",
+)
 # Seconds between two prints of the bar where nobody watches a terminal.
 _QUIET_INTERVAL = 15.0
 

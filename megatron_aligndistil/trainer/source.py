@@ -1,14 +1,49 @@
-"""Micro-batches from a data set: the off-policy source."""
+"""Where micro-batches come from: the protocol, and the source that reads a data set."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
 
 from megatron_aligndistil.data.collate import MicroBatching, micro_batches
 from megatron_aligndistil.data.examples import ExampleSet
 from megatron_aligndistil.data.sampler import BatchSampler, validation_batches
 from megatron_aligndistil.parallel.groups import Axis
 from megatron_aligndistil.types import Batch
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """What a source keeps in a checkpoint."""
+
+    arrays: Mapping[str, np.ndarray]
+    text: str
+
+
+class BatchSource(Protocol):
+    """Where micro-batches come from. ``metrics`` are the last step's or validation's own, alike on every rank."""
+
+    steps_per_epoch: int
+    has_validation: bool
+    metrics: Mapping[str, float]
+
+    def step(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of optimizer step ``step``, from 0; every rank calls it, in the steps' order."""
+
+    def validation(self, step: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of the validation set, a global batch at a time; may be empty lists."""
+
+    def state(self, step: int) -> SourceState | None:
+        """What step ``step`` and those after it need beside their number; None where that is all."""
+
+    def restore(self, state: SourceState) -> None:
+        """Go on from what ``state`` returned."""
+
+    def close(self) -> None:
+        """End what the source has started."""
 
 
 class DatasetSource:
@@ -27,12 +62,13 @@ class DatasetSource:
         self.batching, self.axis, self.limit_validation = batching, data_axis, limit_validation
         self.steps_per_epoch = sampler.steps_per_epoch
         self.has_validation = validation is not None and limit_validation != 0
+        self.metrics: Mapping[str, float] = {}
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step ``step``, from 0."""
         return self._share(self.train[self.sampler.batch(step)])
 
-    def validation(self) -> Iterator[list[Batch]]:
+    def validation(self, step: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches of the validation set, a global batch at a time."""
         if self.validation_set is None:
             return
@@ -40,6 +76,16 @@ class DatasetSource:
             if number == self.limit_validation:
                 return
             yield self._share(examples)
+
+    def state(self, step: int) -> None:
+        """Nothing: a step is a pure function of its number."""
+
+    def restore(self, state: SourceState) -> None:
+        """Never called."""
+        raise AssertionError("a data set's source has no state")
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     def _share(self, examples: list) -> list[Batch]:
         return micro_batches(examples, self.axis.rank, self.axis.size, self.batching)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_aligndistil.algorithms import ppo
 from megatron_aligndistil.certificate import suite
 from megatron_aligndistil.certificate.algorithms import ALGORITHM_CHECKS
 from megatron_aligndistil.certificate.findings import Finding
@@ -18,6 +20,7 @@ from megatron_aligndistil.certificate.suite import Request, certify
 from megatron_aligndistil.config.schema import KernelConfig
 from megatron_aligndistil.kernels import gradients, partials
 from megatron_aligndistil.models import heads
+from megatron_aligndistil.models.policy import HiddenStateModel
 from megatron_aligndistil.parallel import groups, setup
 from megatron_aligndistil.parallel.setup import Layout
 from tests.distributed.harness import run_ranks
@@ -114,6 +117,29 @@ def _words_in_the_backward_pass() -> None:
     gradients.Gradients.add_stored = and_send  # type: ignore[method-assign]
 
 
+def _not_whitened() -> None:
+    ppo.whitened = lambda advantages: advantages
+
+
+def _values_not_clipped() -> None:
+    loss = ppo.value_loss
+    ppo.value_loss = lambda value_T, old_T, return_T, clip: loss(value_T, old_T, return_T, math.inf)
+
+
+def _scores_gradient_summed() -> None:
+    """Every tensor rank has the score head's whole gradient; whoever adds theirs up has a multiple of it."""
+    values = heads._scalar_values
+
+    def summed(chunk: HiddenStateModel, hidden_SBH: Tensor) -> Tensor:
+        weight_1H = chunk.score_head.weight
+        if weight_1H.requires_grad and not getattr(weight_1H, "hooked", False):
+            weight_1H.hooked = True
+            weight_1H.register_hook(lambda gradient: gradient * groups.tensor().size)
+        return values(chunk, hidden_SBH)
+
+    heads._scalar_values = summed
+
+
 def _certified_with(mutation: Callable[[], None], names: set[str]) -> list[Finding]:
     mutation()
     suite.KERNELS = {name: check for name, check in KERNELS.items() if name in names}
@@ -127,6 +153,9 @@ def _certified_with(mutation: Callable[[], None], names: set[str]) -> list[Findi
     [
         (_summed_twice, "gradient error", {"sft", "dpo", "aligndistil"}, {"token_logprob"}),
         (_first_shard_alone, "value error", {"token_kl to_other"}, {"token_logprob"}),
+        (_not_whitened, "value error", {"ppo"}, {"ppo critic", "rto"}),
+        (_values_not_clipped, "gradient error", {"ppo critic", "rto critic"}, {"ppo"}),
+        (_scores_gradient_summed, "gradient error", {"ppo critic", "reward_model"}, {"ppo"}),
         (
             _words_in_the_backward_pass,
             "words a token",
@@ -139,5 +168,8 @@ def test_mutations_are_noticed(
     mutation: Callable[[], None], complaint: str, failing: set[str], unharmed: set[str]
 ) -> None:
     findings = run_ranks(2, _certified_with, mutation, failing | unharmed)[0]
+    for finding in findings:  # far beyond the bound of 1e-10, or nothing at all
+        error = max(finding.value_error, finding.gradient_error)
+        assert error > 1e-3 or error < 1e-12 or "words" in complaint, finding
     assert {finding.name for finding in findings if finding.passed} == unharmed
     assert failing == {finding.name for finding in findings if complaint in " ".join(finding.complaints)}

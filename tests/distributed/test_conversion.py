@@ -13,11 +13,11 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from megatron_aligndistil.checkpoint.convert import ConvertRequest, convert
-from megatron_aligndistil.checkpoint.hf_export import hf_tensors
 from megatron_aligndistil.checkpoint.locate import kind_of, read_architecture
 from megatron_aligndistil.checkpoint.weights import load_weights
 from megatron_aligndistil.errors import CheckpointError
 from megatron_aligndistil.models.architecture import Architecture
+from megatron_aligndistil.models.gathering import hf_tensors
 from megatron_aligndistil.models.policy import ModelSettings, build_chunks
 from megatron_aligndistil.parallel.setup import Layout, initialize
 from tests.distributed.harness import run_ranks

@@ -57,10 +57,10 @@ def logits_of(
     models: dict[str, tuple[Path, Architecture]], layout: tuple[int, int, int | None, bool]
 ) -> dict[str, tuple[torch.Tensor | None, float]]:
     """Variant → logits (rank 0) and the largest absolute value in this rank's padded vocabulary rows."""
-    from megatron_aligndistil.checkpoint.placement import placed_parameters
     from megatron_aligndistil.checkpoint.receipt import megatron_logits
     from megatron_aligndistil.checkpoint.weights import load_weights
     from megatron_aligndistil.models.families.rules import VOCAB
+    from megatron_aligndistil.models.placement import placed_parameters
     from megatron_aligndistil.models.policy import ModelSettings, build_chunks
     from megatron_aligndistil.parallel.setup import Layout, initialize
 

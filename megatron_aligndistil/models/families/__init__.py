@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_aligndistil.errors import CheckpointError
 from megatron_aligndistil.models.architecture import Architecture
 from megatron_aligndistil.models.families import llama, qwen2, qwen3
+from megatron_aligndistil.models.families.common import refuse
 from megatron_aligndistil.models.families.table import Table
 
 
@@ -47,13 +48,23 @@ def family_of(config: Any) -> Family:
     return family_named(config.model_type, getattr(config, "_name_or_path", "") or "config.json")
 
 
+def is_classifier(architectures: Iterable[str] | None) -> bool:
+    """Whether a config's ``architectures`` name one of transformers' sequence classifiers, as reward models are."""
+    return any(name.endswith("ForSequenceClassification") for name in architectures or ())
+
+
 def architecture_of(config: Any) -> Architecture:
-    """The architecture of a transformers config.
+    """The architecture of a transformers config; a sequence classifier of one label has a scalar head.
 
     Raises:
-        CheckpointError: a family or a variant that isn't implemented.
+        CheckpointError: a family or a variant that isn't implemented, or a classifier of several labels.
     """
-    return family_of(config).architecture(config)
+    architecture = family_of(config).architecture(config)
+    if not is_classifier(config.architectures):
+        return architecture
+    if config.num_labels != 1:
+        raise refuse(config, "num_labels", config.num_labels, "1 (a reward model's score)")
+    return architecture.with_scalar_head()
 
 
 def table_of(architecture: Architecture) -> Table:

@@ -50,6 +50,7 @@ def _layer(parameter: str, rule: Rule, **parts: tuple[str, ...]) -> Entry:
 
 EMBEDDING = Entry("embedding.word_embeddings.weight", VOCAB, (("model.embed_tokens.weight", ("vocab", "hidden")),))
 HEAD = Entry("output_layer.weight", VOCAB, (("lm_head.weight", ("vocab", "hidden")),))
+SCALAR_HEAD = Entry("score_head.weight", REPLICATED, (("score.weight", ("score", "hidden")),))
 
 DECODER: Table = (
     _layer("input_layernorm.weight", REPLICATED, input_layernorm=("hidden",)),
@@ -84,6 +85,7 @@ QK_NORM: Table = (
 def dimensions(architecture: Architecture) -> dict[str, int]:
     """The named dimensions of a table."""
     return {
+        "score": 1,
         "vocab": architecture.vocab_size,
         "hidden": architecture.hidden_size,
         "ffn": architecture.ffn_hidden_size,
@@ -99,7 +101,9 @@ def lines(table: Table, architecture: Architecture) -> Iterator[tuple[Entry, int
     for layer in range(architecture.num_layers):
         yield from ((entry, layer) for entry in table if entry.per_layer)
     yield from ((entry, None) for entry in table if not entry.per_layer)
-    if not architecture.tied_embeddings:
+    if architecture.scalar_head:
+        yield SCALAR_HEAD, None
+    elif not architecture.tied_embeddings:
         yield HEAD, None
 
 
@@ -122,4 +126,4 @@ def entry_of(table: Table, architecture: Architecture, parameter: str) -> Entry:
     if parameter == HEAD.parameter and architecture.tied_embeddings:
         # A last stage that doesn't hold the embedding keeps a copy of it.
         return Entry(HEAD.parameter, VOCAB, EMBEDDING.parts)
-    return {entry.parameter: entry for entry in (EMBEDDING, *table, HEAD)}[parameter]
+    return {entry.parameter: entry for entry in (EMBEDDING, *table, HEAD, SCALAR_HEAD)}[parameter]

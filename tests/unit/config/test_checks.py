@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -12,15 +13,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from megatron_aligndistil.config import checks, layout_rules, rules
-from megatron_aligndistil.config.compose import load_config
+from megatron_aligndistil.config import checks, key_ranges, layout_rules, rollout_rules, rules
+from megatron_aligndistil.config.compose import load_config, recipe_names
 from megatron_aligndistil.config.schema import RunConfig
 from megatron_aligndistil.errors import ConfigError
 
 SMOLLM2 = SimpleNamespace(
     num_layers=30, num_attention_heads=9, num_query_groups=3, ffn_hidden_size=1536, max_position_embeddings=2048
 )
-DISTIL = {"aligndistil": ["model.aligndistil.dpo_path=?"]}
+# What a recipe leaves mandatory; "?" is replaced by ``paths``.
+MANDATORY = {
+    "aligndistil": ["model.aligndistil.dpo_path=?"],
+    "aligndistil_on_policy": ["model.aligndistil.dpo_path=?"],
+    "rto": ["model.rto.dpo_path=?"],
+    "token_pg": ["model.pg.dpo_path=?", "model.pg.reverse_dpo_path=?"],
+    "sentence_pg": ["model.pg.dpo_path=?", "model.pg.reverse_dpo_path=?"],
+}
 CPU = checks.Runtime(gpus=0, installed=frozenset())
 GPUS = checks.Runtime(gpus=8, installed=frozenset({"transformer_engine", "wandb"}))
 
@@ -35,18 +43,21 @@ def paths(tmp_path):
 
 def run(paths, name: str, *overrides: str) -> RunConfig:
     given = [f"model.restore_from_path={paths}/policy", f"model.data.data_prefix.train=[{paths}/pairs.jsonl]"]
-    if name == "aligndistil":
-        given += [f"model.aligndistil.{key}_path={paths}/{key.partition('_')[0]}" for key in ("dpo", "reverse_dpo")]
+    given += [override.replace("?", f"{paths}/dpo") for override in MANDATORY.get(name, [])]
+    if name.startswith("aligndistil"):
+        given.append(f"model.aligndistil.reverse_dpo_path={paths}/reverse")
+    if name in ("ppo", "rto"):
+        given.append(f"model.reward.path={paths}/dpo")
     # Not through Hydra for each: it takes a tenth of a second, and these are many.
     return OmegaConf.to_object(OmegaConf.merge(base(name), OmegaConf.from_dotlist([*given, *overrides])))
 
 
 @functools.cache
 def base(name: str) -> DictConfig:
-    return OmegaConf.structured(load_config(name, ["model.restore_from_path=?", *DISTIL.get(name, [])]))
+    return OmegaConf.structured(load_config(name, ["model.restore_from_path=?", *MANDATORY.get(name, [])]))
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "reverse_dpo", "aligndistil"])
+@pytest.mark.parametrize("name", recipe_names())
 def test_recipes_pass(paths, name):
     checks.check(run(paths, name))
 
@@ -263,6 +274,7 @@ def test_what_this_machine_can_run(paths):
     [
         (rules, {*rules.CHOICE_AND_RANGE_RULES, *rules.RULES}),
         (layout_rules, set(layout_rules.LAYOUT_RULES)),
+        (rollout_rules, set(rollout_rules.ROLLOUT_RULES)),
         (checks, {*checks.RUNTIME_RULES, *checks.MODEL_RULES}),
     ],
 )
@@ -282,9 +294,9 @@ def test_every_rule_is_run(module, registered):
 
 def test_every_number_key_exists(paths):
     """A key that a table misspells would never be judged."""
-    keys = (*rules.AT_LEAST_ONE, *rules.NOT_NEGATIVE, *rules.POSITIVE, *rules.MINUS_ONE_OR_POSITIVE, *rules.PATHS)
-    configs = [run(paths, name) for name in ("dpo", "aligndistil")]
-    for key in (*keys, *rules.CHOICES):
+    numbers = (key_ranges.AT_LEAST_ONE, key_ranges.NOT_NEGATIVE, key_ranges.POSITIVE, key_ranges.MINUS_ONE_OR_POSITIVE)
+    configs = [run(paths, name) for name in recipe_names()]
+    for key in (*itertools.chain(*numbers), *key_ranges.PATHS, *key_ranges.CHOICES):
         *above, last = key.split(".")
         found = []
         for config in configs:

@@ -41,7 +41,7 @@ def test_every_recipe_becomes_its_typed_object(name, schema, more):
 
 
 def test_every_recipe_is_listed():
-    assert set(compose.recipe_names()) == set(compose.SCHEMAS)
+    assert set(compose.recipe_names()) == {*compose.SCHEMAS, "aligndistil_on_policy"}
 
 
 def test_published_settings():
@@ -125,7 +125,7 @@ def test_interpolations_are_resolved(monkeypatch):
         ("~trainer.devices", "~trainer.devices: keys cannot be removed"),
         ("hydra.run.dir=x", "hydra.run.dir=x: Hydra's own settings have no effect here"),
         ("algorithm=sft", "algorithm=sft: dpo has another schema; use --config-name sft"),
-        ("algorithm=ppo", "algorithm=ppo is not one of sft, dpo, reverse_dpo, aligndistil"),
+        ("algorithm=ppp", "algorithm=ppp is not one of sft, dpo, reverse_dpo, aligndistil, reward_model, ppo"),
         ("exp_manager.name=${oc.env:UNSET_VARIABLE_X}", "Environment variable 'UNSET_VARIABLE_X' not found"),
     ],
 )
@@ -139,7 +139,7 @@ def test_a_wrong_override_gets_one_line(override, expected):
         ("defaults: [dpo, _self_]\nmodel: {lr: 1}", "mine.yaml: model.lr: no such key; did you mean model.optim.lr?"),
         ("defaults: [dpo, _self_]\ntrainer: {devices: x}", "mine.yaml: trainer.devices=x: wrong type; expected an int"),
         ("defaults: [dpo, _self_]\nmodel: {dpo: {beta: 1", "mine.yaml:2: not valid YAML"),
-        ("defaults: [dppo, _self_]", "'defaults' may name aligndistil, dpo, reverse_dpo, sft"),
+        ("defaults: [dppo, _self_]", "'defaults' may name aligndistil, aligndistil_on_policy, dpo, ppo, reverse"),
         ("trainer: {devices: 1}", "mine.yaml: algorithm=None is not one of sft, dpo, reverse_dpo, aligndistil"),
         ("[1, 2]", "mine.yaml: "),
     ],
@@ -159,6 +159,6 @@ def test_missing_values_are_named_together():
 
 def test_unknown_names_and_folders(tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [dpo]")
-    assert complaint([], "nope", tmp_path).endswith("there are mine, aligndistil, dpo, reverse_dpo, sft")
+    assert complaint([], "nope", tmp_path).endswith(f"there are mine, {', '.join(compose.recipe_names())}")
     assert "--config-dir adds a folder" in complaint([], "nope")
     assert "no such folder" in complaint([], "dpo", tmp_path / "nowhere")

@@ -14,8 +14,8 @@ from megatron_aligndistil.errors import CheckpointError
 from megatron_aligndistil.models import families
 from megatron_aligndistil.models.architecture import Llama3RopeScaling
 from megatron_aligndistil.models.families.rules import GATED, QKV, REPLICATED, ROW, VOCAB, Rule, Slot
-from megatron_aligndistil.models.families.table import DECODER, HEAD, entry_of, hf_shapes
-from tests.tiny_models import VARIANTS, tiny_config, tiny_model
+from megatron_aligndistil.models.families.table import DECODER, HEAD, SCALAR_HEAD, entry_of, hf_shapes
+from tests.tiny_models import VARIANTS, tiny_config, tiny_model, tiny_reward_model
 
 
 @dataclass
@@ -44,6 +44,17 @@ def test_table_names_exactly_the_tensors_of_transformers(variant):
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]  # the embedding again
     assert hf_shapes(families.table_of(architecture), architecture) == expected
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_table_names_exactly_the_tensors_of_transformers_reward_models(variant):
+    model = tiny_reward_model(variant)
+    model.config.architectures = [type(model).__name__]
+    architecture = families.architecture_of(model.config)
+    assert architecture == families.architecture_of(tiny_config(variant)).with_scalar_head()
+    shapes = hf_shapes(families.table_of(architecture), architecture)
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert entry_of(families.table_of(architecture), architecture, "score_head.weight") is SCALAR_HEAD
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
