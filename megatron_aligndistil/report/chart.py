@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from html import escape
 
 Points = Sequence[tuple[float, float]]
+Band = Sequence[tuple[float, float, float]]  # x, lower edge, upper edge
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 72, 24, 44, 48
 TICKS = 5
+BAND_OPACITY = 0.18
 COLOURS = ("#1f6feb", "#d1495b", "#2e933c", "#8a5cf6", "#b8860b")
 
 
@@ -40,14 +42,18 @@ class _Scale:
         return HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
 
 
-def line_chart(series: Mapping[str, Points], axes: Axes) -> str:
-    """An SVG document with one line a series.
+def line_chart(series: Mapping[str, Points], axes: Axes, bands: Mapping[str, Band] | None = None) -> str:
+    """An SVG document with one line a series, and a shaded band in its colour around each that ``bands`` has.
 
     Raises:
-        ValueError: there is no point, or one isn't finite.
+        ValueError: there is no point, one isn't finite, or a band belongs to no series.
     """
+    bands = bands or {}
+    if stray := sorted(bands.keys() - series.keys()):
+        raise ValueError(f"chart {axes.title!r}: bands without a line: {', '.join(stray)}")
     points = [point for line in series.values() for point in line]
-    if not points or not all(math.isfinite(value) for point in points for value in point):
+    points += [(x, edge) for band in bands.values() for x, *edges in band for edge in edges]
+    if not any(series.values()) or not all(math.isfinite(value) for point in points for value in point):
         raise ValueError(f"chart {axes.title!r}: points are missing or not finite")
     scale = _Scale(*_range([x for x, _ in points]), *_range([y for _, y in points]))
     parts = [
@@ -57,6 +63,7 @@ def line_chart(series: Mapping[str, Points], axes: Axes) -> str:
         _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, axes.x_label),
         f'<g transform="rotate(-90 14 {HEIGHT / 2})">{_text(14, HEIGHT / 2, axes.y_label)}</g>',
         *_grid(scale),
+        *_bands(series, bands, scale),
         *_lines(series, scale),
         "</svg>",
     ]
@@ -78,6 +85,18 @@ def _grid(scale: _Scale) -> Iterator[str]:
         yield f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
         yield _text(LEFT - 6, y + 4, f"{y_value:.3g}", anchor="end")
         yield _text(scale.x(x_value), HEIGHT - BOTTOM + 16, f"{x_value:.3g}")
+
+
+def _bands(series: Mapping[str, Points], bands: Mapping[str, Band], scale: _Scale) -> Iterator[str]:
+    """Polygons along the upper edge and back along the lower one; drawn before the lines, which stay visible."""
+    for index, name in enumerate(series):
+        band = bands.get(name, ())
+        if not band:
+            continue
+        edges = [*((x, high) for x, _, high in band), *((x, low) for x, low, _ in reversed(band))]
+        outline = " ".join(f"{scale.x(x):.1f},{scale.y(y):.1f}" for x, y in edges)
+        colour = COLOURS[index % len(COLOURS)]
+        yield f'<polygon points="{outline}" fill="{colour}" fill-opacity="{BAND_OPACITY}" stroke="none"/>'
 
 
 def _lines(series: Mapping[str, Points], scale: _Scale) -> Iterator[str]:
