@@ -80,7 +80,7 @@ def _elsewhere(module: str) -> Callable[[Sequence[str]], int]:
 
 
 COMMANDS = (
-    Command("train", "train a model by a recipe: sft, dpo, reverse_dpo, aligndistil or your own YAML", train),
+    Command("train", "train a model by a recipe (aligndistil, dpo, ppo, …) or your own YAML", train),
     Command(
         "convert",
         "convert a model between Hugging Face and Megatron folders",
