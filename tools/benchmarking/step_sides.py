@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ class Ours(Side):
         from megatron_aligndistil.models.policy import ModelSettings, Recompute, build_chunks, transformer_engine_usable
         from megatron_aligndistil.parallel import setup
         from megatron_aligndistil.trainer.loop import LoopSettings, Trainer
-        from megatron_aligndistil.trainer.objective import Objective
+        from megatron_aligndistil.trainer.objective import POLICY, Learner, Objective
         from megatron_aligndistil.trainer.optimizer import prepare
 
         layout = setup.Layout()
@@ -127,9 +127,9 @@ class Ours(Side):
         algorithm = ALGORITHMS[config.algorithm](config)
         chunks = model(problem.models[0])
         frozen = {name: FrozenModel(model(role.path), offload=False) for name, role in algorithm.roles.items()}
+        trained = prepare(chunks, config.model.optim, config.trainer.gradient_clip_val, total_steps=1)
         self.trainer = Trainer(
-            Objective(algorithm, chunks, frozen),
-            prepare(chunks, config.model.optim, config.trainer.gradient_clip_val, total_steps=1),
+            [Learner(POLICY, trained, Objective(algorithm, chunks, frozen))],
             OneBatch(problem, chunks[0].architecture.vocab_size),
             LoopSettings(1, 0, False, False, Path()),
             hooks=[],
@@ -144,6 +144,7 @@ class OneBatch:
 
     steps_per_epoch = 1
     has_validation = False
+    metrics: Mapping[str, float] = {}
 
     def __init__(self, problem: StepProblem, vocab_size: int) -> None:
         from megatron_aligndistil.data.collate import MicroBatching, micro_batches
@@ -157,7 +158,7 @@ class OneBatch:
         """The micro-batches."""
         return self.batches
 
-    def validation(self) -> Iterator[list[Any]]:
+    def validation(self, step: int) -> Iterator[list[Any]]:
         """None."""
         return iter(())
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_aligndistil.kernels.backends import build
 from megatron_aligndistil.kernels.extrapolated_kl import Extrapolation
 from megatron_aligndistil.kernels.extrapolated_kl.reference import DenseModel
 from megatron_aligndistil.kernels.settings import KernelSettings
@@ -38,6 +40,12 @@ def way_id(settings: KernelSettings) -> str:
 def takes(settings: KernelSettings, dtype: torch.dtype) -> bool:
     """The compiled loops have no float64."""
     return settings.backend == "pytorch" or dtype != torch.float64
+
+
+def skip_without_bf16(backend: str) -> None:
+    """The compiled loops have bf16 products on processors that have them only."""
+    if backend == "native" and not build.native_takes(torch.bfloat16):
+        pytest.skip("no C++ compiler, or a processor without bf16 products")
 
 
 # Relative errors that a gradient may have against float64.

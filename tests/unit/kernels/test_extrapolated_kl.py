@@ -37,6 +37,7 @@ from tests.unit.kernels.problems import (
     every_way,
     models,
     relative_error,
+    skip_without_bf16,
     takes,
     true_rows,
     upstream,
@@ -96,6 +97,7 @@ def test_everything_equals_the_reference(
 
 @pytest.mark.parametrize("settings", every_way((16,)), ids=way_id)
 def test_bf16_is_no_further_from_float64_than_dense_bf16(settings: KernelSettings) -> None:
+    skip_without_bf16(settings.backend)
     shape = Shape(tokens=64, hidden=64, vocab=1000, padded=1024)
     three = models(shape, torch.bfloat16)
     hidden_TH, head, _, result = _run(three, ADAPTIVE, settings)
@@ -206,6 +208,7 @@ def test_mixed_precisions_of_hidden_states_and_head() -> None:
 @pytest.mark.parametrize("backend", ["pytorch", "native"])
 def test_no_tensor_of_all_tokens_by_vocabulary_exists(backend: Any) -> None:
     """The plan R: nothing but tiles. The plan S: the gradient in bf16, and nothing else of that size."""
+    skip_without_bf16(backend)
     shape = Shape(tokens=512, hidden=8, vocab=1021, padded=1024)
     three = models(shape, torch.bfloat16)
     largest = {}

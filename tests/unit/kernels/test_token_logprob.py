@@ -17,6 +17,7 @@ from tests.unit.kernels.problems import (
     every_way,
     models,
     relative_error,
+    skip_without_bf16,
     takes,
     true_rows,
     upstream,
@@ -59,6 +60,7 @@ def test_value_and_weighted_gradient_equal_the_reference(dtype: torch.dtype, set
 
 @pytest.mark.parametrize("settings", every_way((16,)), ids=way_id)
 def test_bf16_inputs_give_fp32_statistics_better_than_bf16_logits(settings: KernelSettings) -> None:
+    skip_without_bf16(settings.backend)
     shape = Shape(tokens=64, hidden=64, vocab=1000, padded=1024)
     (model,) = models(shape, torch.bfloat16, count=1)
     labels_T = _labels(shape)
