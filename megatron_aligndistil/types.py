@@ -30,12 +30,14 @@ class Record:
     """A row of a data set before tokenization.
 
     ``responses`` holds one response, or two where the row is a preference: (chosen, rejected).
+    ``desirable`` is a single response's label, None where there is none.
     ``origin`` is ``file:row`` (or ``dataset:row``), the place that an error message names.
     """
 
     origin: str
     prompt: tuple[Message, ...]
     responses: tuple[str, ...]
+    desirable: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,13 @@ class Example:
     """What is never split over micro-batches: one sequence, or the (chosen, rejected) sequences of a pair.
 
     ``values`` are numbers a response token [T], over all its sequences in order, that an algorithm has computed once:
-    log-probs under the policy that drew them, advantages, returns.
+    log-probs under the policy that drew them, advantages, returns. ``desirable`` is an unpaired response's label.
     """
 
     origin: str
     sequences: tuple[Sequence, ...]
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
+    desirable: bool | None = None
 
     @property
     def length(self) -> int:
@@ -96,6 +99,8 @@ class Batch:
                   is one sequence
     max_seqlen    longest piece of a packed row, 0 otherwise
     values        name → the examples' ``values`` [T], in the order of the response tokens
+    desirable     [N] bool, the labels of unpaired examples; None where examples have none
+    constants     name → a number of the whole step, the same in every micro-batch of it on every rank
     """
 
     tokens: Tensor
@@ -108,6 +113,8 @@ class Batch:
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
     values: Mapping[str, Tensor] = field(default_factory=dict)
+    desirable: Tensor | None = None
+    constants: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def n_sequences(self) -> int:

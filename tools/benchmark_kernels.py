@@ -16,7 +16,6 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 
 import torch
 import tqdm
@@ -222,8 +221,6 @@ def _checked(arguments: argparse.Namespace) -> tuple[list[Shape], list[str]]:
         raise ConfigError(f"--implementations={unknown[0]}: unknown; there are {', '.join(IMPLEMENTATIONS)}")
     if arguments.append and not arguments.csv:
         raise ConfigError("--append: there is no --csv to append to")
-    if arguments.plot and find_spec("matplotlib") is None:
-        raise ConfigError("--plot: matplotlib is not installed; install the bench extra")
     return shapes, list(dict.fromkeys(names))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from megatron_aligndistil.config.schema import OptimConfig
+from megatron_aligndistil.config.base_schema import OptimConfig
 from megatron_aligndistil.data.records import Kind
 from megatron_aligndistil.rollout.reward_function import RewardFunction
 from megatron_aligndistil.types import Batch, Example, LossOutput, VocabHead
@@ -52,7 +52,7 @@ class Critic:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A sampled response and what the forward-only passes said of it.
+    """A response, sampled or given, and what the forward-only passes said of it.
 
     statistics  name → numbers a response token [T], or one of the sequence [1]
     """
@@ -75,23 +75,43 @@ class Assembled:
     state: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Forward-only passes over whole examples, before a step trains.
+
+    policy  statistic → what is kept of the policy's pass; ``critic`` likewise
+    roles   statistic → frozen model
+    """
+
+    policy: Mapping[str, Keep] = field(default_factory=dict)
+    critic: Mapping[str, Keep] = field(default_factory=dict)
+    roles: Mapping[str, Role] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
-class Experience:
+class Experience(Passes):
     """What is computed of a rollout once, before it trains.
 
     assemble  from every trajectory of the rollout, the same on each rank, and the state that the last rollout left
-    policy    statistic → what is kept of a forward-only pass of the policy; ``critic`` likewise
-    roles     statistic → frozen model
     function  a reward of the texts, as the statistic "score"
     state     what the first assembly takes
     """
 
     assemble: Callable[[Sequence[Trajectory], Mapping[str, float]], Assembled]
-    policy: Mapping[str, Keep] = field(default_factory=dict)
-    critic: Mapping[str, Keep] = field(default_factory=dict)
-    roles: Mapping[str, Role] = field(default_factory=dict)
     function: RewardFunction | None = None
     state: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Estimate(Passes):
+    """What is computed of every global batch of a data set, with the weights of its step, before it is trained on.
+
+    examples   of the global batch, what the passes run on; their origins are unique
+    constants  from all their trajectories, the same on each rank: numbers of the step, for ``Batch.constants``
+    """
+
+    examples: Callable[[Sequence[Example]], list[Example]]
+    constants: Callable[[Sequence[Trajectory]], Mapping[str, float]]
 
 
 Annotate = Callable[[Batch, Mapping[str, RoleOutput]], Any]
@@ -101,12 +121,14 @@ Annotate = Callable[[Batch, Mapping[str, RoleOutput]], Any]
 class Algorithm:
     """One row of the table.
 
-    kind        what an example is: a pair of responses, a single one, or a prompt that a rollout answers
+    kind        what an example is: a pair of responses, a single one (with a label, or without), or a prompt that a
+                rollout answers
     loss        from the policy's projection, the micro-batch and its annotation
     transform   applied to every example as it is read
     roles       name → frozen model that every step runs
     annotate    turns the roles' outputs of a micro-batch into what the loss takes, once, before the policy's pass
     experience  of a rollout; None where the examples are a data set's
+    estimate    of a data set's global batch; None where a loss needs no more than its micro-batch
     critic      trained beside the policy on the same micro-batches
     scalar      the policy has a head of one output: a reward model
     """
@@ -118,10 +140,12 @@ class Algorithm:
     roles: Mapping[str, Role] = field(default_factory=dict)
     annotate: Annotate = lambda batch, outputs: None
     experience: Experience | None = None
+    estimate: Estimate | None = None
     critic: Critic | None = None
     scalar: bool = False
 
     @property
     def every_role(self) -> dict[str, Role]:
-        """The frozen models of its steps and of its rollouts."""
-        return {**self.roles, **(self.experience.roles if self.experience else {})}
+        """The frozen models of its steps, its rollouts and its estimate."""
+        before = [passes.roles for passes in (self.experience, self.estimate) if passes is not None]
+        return {name: role for roles in (self.roles, *before) for name, role in roles.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron_aligndistil.algorithms.algorithm import Keep
-from megatron_aligndistil.config.schema import KernelConfig
+from megatron_aligndistil.config.base_schema import KernelConfig
 from megatron_aligndistil.kernels.settings import KernelSettings
 from megatron_aligndistil.kernels.token_logprob import token_logprob
 from megatron_aligndistil.models.heads import Projection, ScalarProjection
@@ -18,6 +18,16 @@ def response_logprobs(kernel: KernelConfig) -> Keep:
 
     def keep(projection: Projection, batch: Batch) -> Tensor:
         return token_logprob(projection.hidden_TH, projection.head, batch.response_labels, settings)
+
+    return keep
+
+
+def sequence_logprobs(kernel: KernelConfig) -> Keep:
+    """log π of the responses, nats, [N]."""
+    logprobs = response_logprobs(kernel)
+
+    def keep(projection: Projection, batch: Batch) -> Tensor:
+        return batch.sum_by_sequence(logprobs(projection, batch))
 
     return keep
 

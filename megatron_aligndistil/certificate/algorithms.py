@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from megatron_aligndistil.algorithms.algorithm import Algorithm
 from megatron_aligndistil.certificate import dense_model as dense
 from megatron_aligndistil.certificate import dense_rl
+from megatron_aligndistil.certificate.algorithm_check import AlgorithmCheck, pairs, responses_of
 from megatron_aligndistil.certificate.models import World
-from megatron_aligndistil.config.compose import SCHEMAS
-from megatron_aligndistil.config.schema import KernelConfig, RunConfig
+from megatron_aligndistil.certificate.preferences import PREFERENCE_CHECKS
 from megatron_aligndistil.types import Example
 
 # How far a token of PPO's is from where its gradient jumps, in ratios and in units of reward: much further than
@@ -22,103 +20,11 @@ from megatron_aligndistil.types import Example
 LEAST_DISTANCE = 1e-3
 
 
-def _singles(world: World) -> list[Example]:
-    return world.singles
-
-
-def _pairs(world: World) -> list[Example]:
-    return world.pairs
-
-
-class DenseLoss(NamedTuple):
-    """A loss, the mean of its terms.
-
-    size  the mean of their absolute values, which is the loss itself where no term is negative. A policy gradient's
-          terms have either sign, and their mean can be near 0 by chance: it is no measure of what rounding does to it
-    """
-
-    value: float
-    size: float
-
-
-class Reference(NamedTuple):
-    """The dense loss and its gradient by Hugging Face name."""
-
-    loss: DenseLoss
-    gradients: dense.Weights
-
-
-@dataclass(frozen=True)
-class AlgorithmCheck:
-    """One algorithm under one setting, and one of the models that it trains.
-
-    algorithm      its name in ``algorithms.table``
-    words          elements a response token that loss, annotation and frozen roles of a step must send together; the
-                   passes over a rollout are not counted
-    loss           the terms of the dense loss of (trained model's weights, world)
-    examples       of a world, what a step trains on; a rollout's are given their values in the layout
-    settings       keys below ``model``; paths name models of the world
-    words_a_batch  elements a micro-batch that they must send beside those
-    trained        the world's model whose gradient is compared: "critic" stands for the algorithm's second model
-    """
-
-    algorithm: str
-    words: int
-    loss: Callable[[dense.Weights, World], Tensor]
-    examples: Callable[[World], list[Example]] = _singles
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    words_a_batch: int = 0
-    trained: str = "policy"
-
-    def config(self, kernel: KernelConfig) -> RunConfig:
-        """The run configuration, as the command line would build it."""
-        config = SCHEMAS[self.algorithm]()
-        config.algorithm = self.algorithm
-        config.model.restore_from_path = "policy"
-        config.model.kernel = kernel
-        for key, value in self.settings.items():
-            section, _, name = key.partition(".")
-            if not hasattr(getattr(config.model, section), name):
-                raise KeyError(f"model.{key} is no key of {self.algorithm}")
-            setattr(getattr(config.model, section), name, value)
-        return config
-
-    def step_of(self, algorithm: Algorithm) -> Algorithm:
-        """What a step of the trained model minimises."""
-        if self.trained != "critic":
-            return algorithm
-        assert algorithm.critic is not None
-        return Algorithm(f"{algorithm.name} critic", algorithm.kind, algorithm.critic.loss, scalar=True)
-
-    def reference(self, world: World) -> Reference:
-        """What a step must come to."""
-        weights = {name: weight.clone().requires_grad_() for name, weight in world.weights(self.trained).items()}
-        terms = self.loss(weights, world)
-        gradients = dense.gradients(terms.mean(), weights)
-        terms = terms.detach()
-        return Reference(DenseLoss(float(terms.mean()), float(terms.abs().mean())), gradients)
-
-
-def _responses(examples: list[Example]) -> list[tuple[dense.Response, ...]]:
-    return [tuple(dense.Response(s.tokens, s.prompt_length) for s in example.sequences) for example in examples]
-
-
 def _sft() -> AlgorithmCheck:
     def loss(weights: dense.Weights, world: World) -> Tensor:
-        return dense.sft(weights, world.shape, [response for (response,) in _responses(world.singles)])
+        return dense.sft(weights, world.shape, [response for (response,) in responses_of(world.singles)])
 
     return AlgorithmCheck("sft", words=3, loss=loss)
-
-
-def _dpo(algorithm: str, swapped: bool) -> AlgorithmCheck:
-    beta, smoothing = 0.3, 0.1
-
-    def loss(weights: dense.Weights, world: World) -> Tensor:
-        pairs = [(b, a) if swapped else (a, b) for a, b in _responses(world.pairs)]
-        return dense.dpo(weights, world.weights("initial"), world.shape, pairs, beta, smoothing)
-
-    settings = {"dpo.beta": beta, "dpo.label_smoothing": smoothing, "dpo.reference_path": "initial"}
-    return AlgorithmCheck(algorithm, words=3 + 3, loss=loss, examples=_pairs, settings=settings)  # policy, reference
 
 
 def _aligndistil(
@@ -142,7 +48,7 @@ def _aligndistil(
     other = "reverse" if reward == "contrastive" else "initial"
 
     def loss(weights: dense.Weights, world: World) -> Tensor:
-        responses = [response for (response,) in _responses(world.singles)]
+        responses = [response for (response,) in responses_of(world.singles)]
         teachers = world.weights("dpo"), world.weights(other)
         return dense.aligndistil(weights, *teachers, world.shape, responses, dense.Distillation(**how))
 
@@ -161,16 +67,16 @@ def _reward_model() -> AlgorithmCheck:
     regularisation = 0.05
 
     def loss(weights: dense.Weights, world: World) -> Tensor:
-        pairs = [(chosen, rejected) for chosen, rejected in _responses(world.pairs)]
-        return dense_rl.reward_model(weights, world.shape, pairs, regularisation)
+        given = [(chosen, rejected) for chosen, rejected in responses_of(world.pairs)]
+        return dense_rl.reward_model(weights, world.shape, given, regularisation)
 
     settings = {"reward_model.margin_regularisation": regularisation}
-    return AlgorithmCheck("reward_model", words=0, loss=loss, examples=_pairs, settings=settings, trained="reward")
+    return AlgorithmCheck("reward_model", words=0, loss=loss, examples=pairs, settings=settings, trained="reward")
 
 
 def _policy_gradient(algorithm: str, **how: Any) -> AlgorithmCheck:
     def loss(weights: dense.Weights, world: World) -> Tensor:
-        responses = [response for (response,) in _responses(world.singles)]
+        responses = [response for (response,) in responses_of(world.singles)]
         settings = dense_rl.PolicyGradient(algorithm == "sentence_pg", **how)
         return dense_rl.policy_gradient(weights, world.weights, world.shape, responses, settings)
 
@@ -183,7 +89,7 @@ def _policy_gradient(algorithm: str, **how: Any) -> AlgorithmCheck:
 def rollout(world: World, how: dense_rl.PPO) -> tuple[list[Example], list[dense_rl.Trajectory]]:
     """The world's responses none of whose tokens is within ``LEAST_DISTANCE`` of a border, and their experience."""
     kept = []
-    for example, (response,) in zip(world.singles, _responses(world.singles), strict=True):
+    for example, (response,) in zip(world.singles, responses_of(world.singles), strict=True):
         own = dense_rl.trajectory(world.weights, world.shape, response, how)
         if dense_rl.distance_to_a_border(world.weights, world.shape, own, how) >= LEAST_DISTANCE:
             kept.append((example, own))
@@ -235,10 +141,9 @@ RTO = replace(
     whiten_advantages=False,
 )
 
-ALGORITHM_CHECKS: Mapping[str, AlgorithmCheck] = {
+ALGORITHM_CHECKS: dict[str, AlgorithmCheck] = {
     "sft": _sft(),
-    "dpo": _dpo("dpo", swapped=False),
-    "reverse_dpo": _dpo("reverse_dpo", swapped=True),
+    **PREFERENCE_CHECKS,
     "aligndistil": _aligndistil("contrastive", "adaptive"),
     "aligndistil authors": _aligndistil(
         "contrastive", "adaptive", measure_initial_kl=True, tvd_scale=2.0, normalize_by_length=False
@@ -255,3 +160,6 @@ ALGORITHM_CHECKS: Mapping[str, AlgorithmCheck] = {
     "sentence_pg": _policy_gradient("sentence_pg", beta0=0.1, beta=0.08, normalize_by_length=True),
     "token_pg": _policy_gradient("token_pg", beta0=0.3, beta=0.2, normalize_by_length=False),
 }
+# A loss doesn't see what is trained: one algorithm of each kind of model, teacher and reference is enough.
+_OF_ADAPTERS = ("sft", "dpo", "aligndistil", "reward_model", "ppo", "ppo critic")
+ALGORITHM_CHECKS |= {f"{name} lora": replace(ALGORITHM_CHECKS[name], lora=True) for name in _OF_ADAPTERS}

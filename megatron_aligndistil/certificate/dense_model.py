@@ -120,26 +120,6 @@ def sft(weights: Weights, shape: Shape, responses: list[Response]) -> Tensor:
     return -torch.cat([response_logprobs(weights, shape, r) for r in responses])
 
 
-def dpo(
-    weights: Weights,
-    reference: Weights,
-    shape: Shape,
-    pairs: list[tuple[Response, Response]],
-    beta: float,
-    smoothing: float = 0.0,
-) -> Tensor:
-    """Eq. 4 of every pair, with label smoothing."""
-    losses = []
-    for chosen, rejected in pairs:
-        margins = [
-            response_logprobs(weights, shape, r).sum() - response_logprobs(reference, shape, r).sum()
-            for r in (chosen, rejected)
-        ]
-        u = beta * (margins[0] - margins[1])
-        losses.append(-(1 - smoothing) * torch.log(torch.sigmoid(u)) - smoothing * torch.log(torch.sigmoid(-u)))
-    return torch.stack(losses)
-
-
 @dataclass(frozen=True)
 class Distillation:
     """Settings of Eq. 16-19."""

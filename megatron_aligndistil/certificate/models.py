@@ -11,10 +11,9 @@ import numpy as np
 import torch
 
 from megatron_aligndistil.certificate import dense_model
-from megatron_aligndistil.checkpoint.sources import MemoryPart
 from megatron_aligndistil.models import families
 from megatron_aligndistil.models.architecture import Architecture
-from megatron_aligndistil.models.families.rules import Shape
+from megatron_aligndistil.models.families.rules import MemoryPart, Shape
 from megatron_aligndistil.models.families.table import hf_shapes
 from megatron_aligndistil.parallel.setup import Layout
 from megatron_aligndistil.types import Example, Sequence
@@ -95,6 +94,14 @@ class World:
                 made[name] = later[name] + DRIFT * noise if later else (1.0 if norm else 0.0) + noise
             self._weights[role] = made
         return self._weights[role]
+
+    def trained(self, role: str) -> dense_model.Weights:
+        """What training a role changes: everything."""
+        return self.weights(role)
+
+    def assembled(self, role: str, trained: dense_model.Weights) -> dense_model.Weights:
+        """The whole weights that ``trained`` comes to, differentiable."""
+        return trained
 
     @property
     def shape(self) -> dense_model.Shape:

@@ -1,13 +1,14 @@
-"""What the trainer computes of a rollout before it trains, made in the user's layout of responses that are given."""
+"""What the trainer computes of a rollout or a global batch before a step, made in the user's layout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from megatron_aligndistil.algorithms.algorithm import Experience, Trajectory
+from megatron_aligndistil.algorithms.algorithm import Estimate, Experience, Trajectory
 from megatron_aligndistil.data.collate import MicroBatching
 from megatron_aligndistil.models.frozen import FrozenModel
-from megatron_aligndistil.trainer.experience import ExperiencePasses, with_values
+from megatron_aligndistil.models.policy import HiddenStateModel
+from megatron_aligndistil.trainer.experience import Estimator, ExperiencePasses, with_values
 from megatron_aligndistil.types import Example
 
 
@@ -25,3 +26,17 @@ def with_experience(
     statistics = passes.statistics(examples, experience)
     trajectories = [Trajectory(example, own) for example, own in zip(examples, statistics, strict=True)]
     return with_values(trajectories, experience.assemble(trajectories, experience.state).values)
+
+
+def constants_of(
+    examples: Sequence[Example],
+    estimate: Estimate | None,
+    trained: Sequence[HiddenStateModel],
+    model: Callable[[str], FrozenModel],
+    how: MicroBatching,
+) -> Mapping[str, float]:
+    """What the step's micro-batches of a global batch have in common. Every rank calls it."""
+    if estimate is None:
+        return {}
+    frozen = {name: model(role.path) for name, role in estimate.roles.items()}
+    return Estimator(estimate, ExperiencePasses(trained, [], frozen, how)).constants(examples)

@@ -16,17 +16,19 @@ from torch import Tensor
 
 from megatron_aligndistil.algorithms.algorithm import Algorithm
 from megatron_aligndistil.algorithms.table import ALGORITHMS
-from megatron_aligndistil.certificate.algorithms import AlgorithmCheck, Reference
+from megatron_aligndistil.certificate.adapters import BASE, SCORE, SETTINGS, AdaptedWorld
+from megatron_aligndistil.certificate.algorithm_check import AlgorithmCheck, Reference
 from megatron_aligndistil.certificate.dense_model import Weights
 from megatron_aligndistil.certificate.findings import Measurement, worst
 from megatron_aligndistil.certificate.models import InMemory, World, architecture_for
 from megatron_aligndistil.certificate.recorder import Recorder
-from megatron_aligndistil.certificate.rollouts import with_experience
+from megatron_aligndistil.certificate.rollouts import constants_of, with_experience
 from megatron_aligndistil.checkpoint.hf_import import load_hf
-from megatron_aligndistil.config.schema import KernelConfig
+from megatron_aligndistil.config.base_schema import KernelConfig
 from megatron_aligndistil.data.collate import MicroBatching, micro_batches
 from megatron_aligndistil.models.frozen import FrozenModel
-from megatron_aligndistil.models.gathering import hf_tensors
+from megatron_aligndistil.models.gathering import gathered_adapter, hf_tensors
+from megatron_aligndistil.models.lora import TRAINED, attach, placed_adapter
 from megatron_aligndistil.models.policy import HiddenStateModel, ModelSettings, Recompute, build_chunks
 from megatron_aligndistil.parallel import groups
 from megatron_aligndistil.parallel.setup import Layout
@@ -124,7 +126,12 @@ class ShardedWorld:
         """Of random models that suit the case."""
         return cls(World(architecture_for(case.layout, case.tied)), case)
 
-    def _model(self, role: str) -> list[HiddenStateModel]:
+    @functools.cached_property
+    def _adapted(self) -> ShardedWorld:
+        """The same with adapters for models."""
+        return ShardedWorld(AdaptedWorld(self.world.architecture, self.world.examples), self.case)
+
+    def _model(self, role: str, base: bool = False) -> list[HiddenStateModel]:
         case = self.case
         full = case.recompute == "full"
         settings = ModelSettings(
@@ -136,14 +143,35 @@ class ShardedWorld:
             recompute=Recompute(case.recompute, "uniform" if full else None, 1 if full else None),
         )
         chunks = build_chunks(self.world.architecture_of(role), settings)
-        load_hf(chunks, InMemory(self.world.weights(role)))
+        weights = self.world.base(role) if base and isinstance(self.world, AdaptedWorld) else self.world.weights(role)
+        load_hf(chunks, InMemory(weights))
         return chunks
 
     def _trained_model(self, role: str) -> Trained:
         if role not in self._trained:
-            chunks = self._model(role)
+            chunks = self._model(role, base=True)
+            self._adapt(chunks, TRAINED, role)
             self._trained[role] = Trained(chunks, wrap(chunks, self.case.distributed_optimizer))
         return self._trained[role]
+
+    def _adapt(self, chunks: list[HiddenStateModel], name: str, role: str) -> None:
+        """Lay the adapter of a role over chunks that have its base, where the world has adapters."""
+        if not isinstance(self.world, AdaptedWorld) or role == BASE:
+            return
+        attach(chunks, name, SETTINGS)
+        source = InMemory(self.world.adapter(role))
+        for placed in placed_adapter(chunks, name):
+            names = placed.entry.hf_shapes(self.world.architecture, placed.layer)
+            placed.parameter.data.copy_(placed.entry.rule.split([source.part(part) for part in names], placed.slot))
+
+    def _role_model(self, role: str, trained: str) -> FrozenModel:
+        """The model of a role of a step: an adapter over the policy's base, where the policy has one too."""
+        if not isinstance(self.world, AdaptedWorld) or trained != "policy":
+            return self._frozen_model(role)
+        chunks, name = self._trained_model(trained).chunks, None if role == BASE else role
+        if name is not None and name not in chunks[0].adapters.settings:
+            self._adapt(chunks, role, role)
+        return FrozenModel(chunks, offload=False, adapter=name, borrowed=True)
 
     def _frozen_model(self, role: str) -> FrozenModel:
         if role not in self._frozen:
@@ -152,6 +180,8 @@ class ShardedWorld:
 
     def step(self, check: AlgorithmCheck, kernel: KernelConfig) -> Answer:
         """Loss and gradient of one step of all examples. Every rank calls it."""
+        if check.lora and not isinstance(self.world, AdaptedWorld):
+            return self._adapted.step(check, kernel)
         with _default_dtype(self.case.dtype):  # Megatron-Core divides by the count in the default type
             if torch.cuda.is_available():
                 self._step(check, kernel)  # tuning and libraries' own memory come with the first call
@@ -163,7 +193,7 @@ class ShardedWorld:
         counter = WordCounter()
         minimised = counter.counting(check.step_of(algorithm))
         trained = self._trained_model(check.trained)
-        frozen = {name: self._frozen_model(role.path) for name, role in minimised.roles.items()}
+        frozen = {name: self._role_model(role.path, check.trained) for name, role in minimised.roles.items()}
         objective = Objective(minimised, trained.chunks, frozen)
         for chunk in trained.wrapped:
             chunk.train()
@@ -176,7 +206,7 @@ class ShardedWorld:
         if self.case.distributed_optimizer:
             _gather_sharded_gradients(trained)
         metrics = WorldMetrics(_device()).reduce("train", totals)
-        gradients = {name: tensor.clone() for name, tensor in hf_tensors(trained.chunks, _main_grad)}
+        gradients = _gradients(trained.chunks)
         seen = batches if groups.is_last_stage() else []
         tokens = sum(int(batch.loss_mask.sum()) for batch in seen)
         return Answer(metrics, gradients, counter.words, tokens, len(seen), counter.recorder.peak_bytes)
@@ -187,8 +217,10 @@ class ShardedWorld:
             examples = [algorithm.transform(example) for example in examples]
         if algorithm.experience is not None:
             examples = with_experience(examples, algorithm.experience, self._frozen_model, self._batching())
+        trained = self._trained_model(check.trained).chunks
+        constants = constants_of(examples, algorithm.estimate, trained, self._frozen_model, self._batching())
         batches = micro_batches(examples, groups.data().rank, groups.data().size, self._batching())
-        return [batch.to(_device()) for batch in batches]
+        return [replace(batch, constants=constants).to(_device()) for batch in batches]
 
     def _batching(self) -> MicroBatching:
         case, layout = self.case, self.case.layout
@@ -235,9 +267,20 @@ class WordCounter:
         return counted
 
 
+def _gradients(chunks: list[HiddenStateModel]) -> Weights:
+    """The gradient of everything that is trained, by Hugging Face name; on rank 0."""
+    adapted = chunks[0].adapters is not None
+    tensors = hf_tensors(chunks, _main_grad)
+    found = {name: tensor.clone() for name, tensor in tensors if not adapted or name == SCORE}
+    if adapted:
+        own = gathered_adapter(chunks, TRAINED, _main_grad)
+        found |= {name: tensor.clone() for name, tensor in own if tensor is not None}
+    return found
+
+
 def _main_grad(parameter: Any) -> Tensor:
-    """Where Megatron-Core's DDP sums a parameter's gradient."""
-    return parameter.main_grad
+    """Where Megatron-Core's DDP sums a parameter's gradient; what is frozen has none."""
+    return parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter)
 
 
 @contextmanager

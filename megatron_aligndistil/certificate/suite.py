@@ -15,7 +15,7 @@ from megatron_aligndistil.certificate.kernel_problem import ERROR_BOUND, Expecte
 from megatron_aligndistil.certificate.kernels import KERNELS, KernelCheck
 from megatron_aligndistil.certificate.models import World, architecture_for
 from megatron_aligndistil.certificate.sharded import Case, ShardedWorld, layout_name
-from megatron_aligndistil.config.schema import KernelConfig
+from megatron_aligndistil.config.base_schema import KernelConfig
 from megatron_aligndistil.kernels.settings import KernelSettings
 from megatron_aligndistil.parallel import collectives, groups
 from megatron_aligndistil.parallel.setup import Layout

@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from megatron_aligndistil.checkpoint.adapter_config import SavedAdapter
+from megatron_aligndistil.checkpoint.adapters import export_peft
 from megatron_aligndistil.checkpoint.hf_export import MAX_SHARD_BYTES, export_hf
 from megatron_aligndistil.checkpoint.index import stored_dtypes
 from megatron_aligndistil.checkpoint.locate import (
@@ -28,6 +30,7 @@ from megatron_aligndistil.checkpoint.locate import (
     metadata_source,
     model_path,
     read_architecture,
+    saved_adapter,
 )
 from megatron_aligndistil.checkpoint.metadata import copy_metadata
 from megatron_aligndistil.checkpoint.receipt import (
@@ -41,16 +44,17 @@ from megatron_aligndistil.checkpoint.receipt import (
     transformers_logits,
 )
 from megatron_aligndistil.checkpoint.staging import staged_folder
-from megatron_aligndistil.checkpoint.weights import load_weights, open_source, save_weights
-from megatron_aligndistil.config.schema import ModelConfig
+from megatron_aligndistil.checkpoint.weights import load_adapter, load_weights, open_source, save_weights
+from megatron_aligndistil.config.base_schema import ModelConfig
 from megatron_aligndistil.errors import CheckpointError, ConfigError, UserError
 from megatron_aligndistil.models.architecture import Architecture
 from megatron_aligndistil.models.gathering import hf_tensors
+from megatron_aligndistil.models.lora import TRAINED
 from megatron_aligndistil.models.policy import HiddenStateModel, ModelSettings, build_chunks
 from megatron_aligndistil.parallel.collectives import from_first_rank
 from megatron_aligndistil.parallel.setup import Layout, initialize, shutdown
 
-Form = Literal["megatron", "hf"]
+Form = Literal["megatron", "hf", "peft"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SEED = 0  # nothing is drawn
@@ -58,7 +62,10 @@ _SEED = 0  # nothing is drawn
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """One conversion. ``to`` None: the other form than the input's. ``dtype``: "float32", "bfloat16" or "keep"."""
+    """One conversion. ``dtype``: "float32", "bfloat16" or "keep".
+
+    to  None: the other form than the input's, which is "hf" for an adapter
+    """
 
     input: Path
     output: Path
@@ -72,22 +79,25 @@ class ConvertRequest:
 def convert(request: ConvertRequest) -> Receipt | None:
     """Convert in the layout whose groups are running; every rank calls it. The receipt on rank 0, if ``verify``.
 
-    Memory holds one model: ours is dropped before transformers' is loaded for the receipt. The receipt computes in
-    float32, so that with ``verify`` it is the float32 model.
+    An adapter becomes a whole model, merged, or a PEFT folder, for which there is no receipt. Memory holds one model:
+    ours is dropped before transformers' is loaded for the receipt. The receipt computes in float32, so that with
+    ``verify`` it is the float32 model.
 
     Raises:
         CheckpointError: unreadable input, unwritable output, or a result that doesn't agree with transformers.
         ConfigError: the layout doesn't fit the model.
     """
     source = model_path(request.input)
-    kind = kind_of(source)
-    form = request.to or ("hf" if kind == "megatron" else "megatron")
-    if form == kind:
-        raise ConfigError(f"{source}: is a Megatron checkpoint already, and those suit every layout; use --to hf")
+    kind, saved = kind_of(source), saved_adapter(source)
+    form = request.to or ("hf" if kind == "megatron" or saved else "megatron")
+    _check_form(source, kind, saved, form)
     architecture = read_architecture(source)
     check_layout(architecture, request.layout)
-    dtype = _DTYPES[request.dtype] if request.dtype in _DTYPES else _stored_dtype(source, kind)
+    dtype = _DTYPES[request.dtype] if request.dtype in _DTYPES else _stored_dtype(source)
     chunks = build_chunks(architecture, _settings(architecture, request.layout, dtype))
+    if saved and form == "peft":
+        _write_peft(chunks, saved, request.output)
+        return None
     load_weights(chunks, source)
     if form == "hf":
         digests = export_hf(chunks, metadata_source(source), request.output, dtype, request.max_shard_bytes)
@@ -136,11 +146,20 @@ def _other_side(
     """
     in_files = kind_of(output) == "huggingface"
     written = source_digests(open_source(output), digests, dtype) if in_files else digests
-    if kind_of(source) == "megatron":
+    if kind_of(source) == "megatron" or saved_adapter(source):
         theirs, expected = output, digests
     else:
         theirs, expected = source, source_digests(open_source(source), digests, dtype)
     return theirs, written, tuple(name for name in written if written[name] != expected[name])
+
+
+def _check_form(source: Path, kind: Kind, saved: SavedAdapter | None, form: Form) -> None:
+    if saved is None and form == "peft":
+        raise ConfigError(f"{source}: a whole model, not an adapter; use --to hf or megatron")
+    if saved is not None and form == "megatron":
+        raise ConfigError(f"{source}: an adapter; merge it with --to hf, and convert that")
+    if kind == form:
+        raise ConfigError(f"{source}: has that form already, and it suits every layout; use --to hf")
 
 
 def check_layout(architecture: Architecture, layout: Layout) -> None:
@@ -173,13 +192,21 @@ def _settings(architecture: Architecture, layout: Layout, dtype: torch.dtype) ->
     )
 
 
-def _stored_dtype(source: Path, kind: Kind) -> torch.dtype:
-    """The widest dtype among the source's tensors."""
-    if kind == "megatron":
+def _stored_dtype(source: Path) -> torch.dtype:
+    """The widest dtype among the source's tensors; an adapter's base has it."""
+    if saved := saved_adapter(source):
+        return _stored_dtype(model_path(saved.base))
+    if kind_of(source) == "megatron":
         dtypes = set(stored_dtypes(source / WEIGHTS).values())
     else:
         dtypes = set(open_source(source).dtypes.values())
     return max(dtypes, key=lambda dtype: (dtype.itemsize, torch.finfo(dtype).max))
+
+
+def _write_peft(chunks: Sequence[HiddenStateModel], saved: SavedAdapter, output: Path) -> None:
+    load_weights(chunks, saved.base)
+    load_adapter(chunks, TRAINED, saved)
+    export_peft(chunks, saved.base, output)
 
 
 def _write_megatron(chunks: Sequence[HiddenStateModel], metadata: Path, output: Path, dtype: torch.dtype) -> None:
@@ -245,9 +272,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Convert a model between Hugging Face (safetensors or GGUF) and Megatron-Core's distributed "
         "checkpoint, and verify the result against transformers.",
     )
-    parser.add_argument("input", type=Path, help="Hugging Face folder, .gguf file, Megatron checkpoint or run folder")
+    parser.add_argument(
+        "input", type=Path, help="Hugging Face or PEFT folder, .gguf file, Megatron checkpoint, run folder"
+    )
     parser.add_argument("output", type=Path, help="folder to write; it must not hold anything yet")
-    parser.add_argument("--to", choices=("hf", "megatron"), help="form of the output (default: the other one)")
+    parser.add_argument("--to", choices=("hf", "megatron", "peft"), help="form of the output (default: the other one)")
     parser.add_argument("--dtype", choices=(*_DTYPES, "keep"), default="keep", help="of the output's weights")
     parser.add_argument("--no-verify", action="store_true", help="skip the comparison with transformers")
     parser.add_argument("--max-shard-gib", type=float, default=MAX_SHARD_BYTES / 2**30, help="of a safetensors file")

@@ -1,4 +1,6 @@
-"""What a path given by the user is: a Hugging Face folder, a GGUF file, a Megatron checkpoint or a run's log folder."""
+"""What a path given by the user is: a Hugging Face folder, a GGUF file, a Megatron checkpoint, a run's log folder, or
+an adapter over another model (a PEFT folder, or the checkpoint of a run that trained one).
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,19 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_aligndistil.checkpoint.adapter_config import (
+    PEFT_CONFIG,
+    STATE_KEY,
+    SavedAdapter,
+    from_state,
+    read_peft,
+)
 from megatron_aligndistil.checkpoint.metadata import CONFIG, read_config
 from megatron_aligndistil.errors import CheckpointError
 from megatron_aligndistil.models import families
 from megatron_aligndistil.models.architecture import Architecture
 
-Kind = Literal["huggingface", "gguf", "megatron", "run"]
+Kind = Literal["huggingface", "gguf", "megatron", "run", "peft"]
 
 # A Megatron checkpoint is a folder with these; STATE is written last and so marks it complete.
 WEIGHTS, METADATA, STATE = "weights", "huggingface", "state.json"
@@ -26,7 +35,7 @@ def kind_of(path: str | Path) -> Kind:
     """What ``path`` is.
 
     Raises:
-        CheckpointError: it doesn't exist, or is none of the four.
+        CheckpointError: it doesn't exist, or is none of the five.
     """
     path = Path(path)
     if not path.exists():
@@ -39,13 +48,15 @@ def kind_of(path: str | Path) -> Kind:
         if not (path / STATE).is_file():
             raise CheckpointError(f"{path}: incomplete checkpoint, {STATE} is missing (its writing was interrupted)")
         return "megatron"
+    if (path / PEFT_CONFIG).is_file():
+        return "peft"
     if (path / CONFIG).is_file():
         return "huggingface"
     if (path / CHECKPOINTS).is_dir():
         return "run"
     raise CheckpointError(
-        f"{path}: neither a Hugging Face folder ({CONFIG}), a Megatron checkpoint ({WEIGHTS}/, {STATE}) "
-        f"nor a run's log folder ({CHECKPOINTS}/)"
+        f"{path}: neither a Hugging Face folder ({CONFIG}), a Megatron checkpoint ({WEIGHTS}/, {STATE}), "
+        f"a run's log folder ({CHECKPOINTS}/) nor a PEFT adapter ({PEFT_CONFIG})"
     )
 
 
@@ -81,7 +92,24 @@ def metadata_source(path: str | Path) -> Path:
         CheckpointError: as ``model_path``.
     """
     found = model_path(path)
-    return found / METADATA if kind_of(found) == "megatron" else found
+    kind = kind_of(found)
+    if kind == "peft":
+        return metadata_source(read_peft(found).base)
+    return found / METADATA if kind == "megatron" else found
+
+
+def saved_adapter(path: str | Path) -> SavedAdapter | None:
+    """The adapter at ``path``, None where a whole model is.
+
+    Raises:
+        CheckpointError: as ``model_path``; or the adapter is damaged, or of a kind that isn't implemented.
+    """
+    found = model_path(path)
+    kind = kind_of(found)
+    if kind == "peft":
+        return read_peft(found)
+    entry = read_state(found).get(STATE_KEY) if kind == "megatron" else None
+    return from_state(found, entry, read_architecture(found).scalar_head) if entry else None
 
 
 def read_architecture(path: str | Path) -> Architecture:
@@ -90,7 +118,10 @@ def read_architecture(path: str | Path) -> Architecture:
     Raises:
         CheckpointError: the path is unknown, its config is damaged, or the model isn't implemented.
     """
-    return families.architecture_of(read_config(metadata_source(path)))
+    found = model_path(path)
+    architecture = families.architecture_of(read_config(metadata_source(found)))
+    scalar = kind_of(found) == "peft" and read_peft(found).scalar
+    return architecture.with_scalar_head() if scalar else architecture
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_aligndistil.errors import CheckpointError
 from megatron_aligndistil.models import families
-from megatron_aligndistil.models.families.rules import Part, Shape
+from megatron_aligndistil.models.families.rules import MemoryPart, Part, Shape
 from megatron_aligndistil.models.families.table import hf_shapes
 
 INDEX = "model.safetensors.index.json"
@@ -58,14 +58,18 @@ class _FilePart:
 
 
 class SafetensorsFolder:
-    """A Hugging Face folder with ``model.safetensors``, or shards and their index."""
+    """A Hugging Face folder with ``model.safetensors``, or shards and their index; or with the one file ``single``.
 
-    def __init__(self, folder: Path) -> None:
+    Tensors go by their names without ``prefix``.
+    """
+
+    def __init__(self, folder: Path, single: str | None = None, prefix: str = "") -> None:
         self.origin = folder
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._files: dict[str, Path] = {}
-        for file in self._shards():
+        self._parts: dict[str, _FilePart] = {}
+        self._prefix = prefix
+        for file in [folder / single] if single else self._shards():
             with _opened(file) as handle:
                 for name in handle.keys():  # noqa: SIM118 (not a dict)
                     self._add(file, name, handle.get_slice(name))
@@ -89,26 +93,13 @@ class SafetensorsFolder:
             raise CheckpointError(
                 f"{file}: {name} has dtype {piece.get_dtype()}; weights must be one of {', '.join(_DTYPES)}"
             )
-        self.shapes[name] = tuple(piece.get_shape())
-        self.dtypes[name] = _DTYPES[piece.get_dtype()]
-        self._files[name] = file
+        short = name.removeprefix(self._prefix)
+        self._parts[short] = _FilePart(file, name, tuple(piece.get_shape()))
+        self.shapes[short] = self._parts[short].shape
+        self.dtypes[short] = _DTYPES[piece.get_dtype()]
 
     def part(self, name: str) -> Part:
-        return _FilePart(self._files[name], name, self.shapes[name])
-
-
-@dataclass(frozen=True)
-class MemoryPart:
-    """A tensor in memory, of which slices are taken."""
-
-    tensor: Tensor
-
-    @property
-    def shape(self) -> Shape:
-        return tuple(self.tensor.shape)
-
-    def take(self, dimension: int, start: int, stop: int) -> Tensor:
-        return self.tensor.narrow(dimension, start, stop - start)
+        return self._parts[name]
 
 
 class GGUFFile:

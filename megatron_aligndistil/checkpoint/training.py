@@ -38,7 +38,7 @@ from megatron_aligndistil.checkpoint import rng
 from megatron_aligndistil.checkpoint.locate import CHECKPOINTS, FORMAT, METADATA, STATE, WEIGHTS, read_state
 from megatron_aligndistil.checkpoint.metadata import copy_metadata
 from megatron_aligndistil.checkpoint.weights import load_distributed, load_in_place, model_state, reason
-from megatron_aligndistil.config.schema import CheckpointCallbackConfig
+from megatron_aligndistil.config.base_schema import CheckpointCallbackConfig
 from megatron_aligndistil.errors import CheckpointError
 from megatron_aligndistil.parallel import collectives
 from megatron_aligndistil.parallel.lifetime import die_with
@@ -70,6 +70,7 @@ class Provenance:
     train_examples: int
     train_fingerprint: str
     rollout: str = ""
+    lora: dict[str, Any] | str = ""  # what the adapter under training is, and its base's path; "" where there is none
 
 
 class CheckpointHook(Hook):

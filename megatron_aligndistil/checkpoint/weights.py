@@ -19,14 +19,17 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_aligndistil.checkpoint.adapter_config import SavedAdapter
+from megatron_aligndistil.checkpoint.adapters import adapter_state, load_peft
 from megatron_aligndistil.checkpoint.hf_import import HEAD_SEED, draw_head, load_hf, not_a_language_model
 from megatron_aligndistil.checkpoint.index import check_files, stored_dtypes
-from megatron_aligndistil.checkpoint.locate import WEIGHTS, kind_of, model_path, read_state
+from megatron_aligndistil.checkpoint.locate import WEIGHTS, kind_of, model_path, saved_adapter
 from megatron_aligndistil.checkpoint.metadata import read_config
 from megatron_aligndistil.checkpoint.sources import GGUFFile, SafetensorsFolder, TensorSource
 from megatron_aligndistil.errors import CheckpointError
 from megatron_aligndistil.models.families.rules import VOCAB
 from megatron_aligndistil.models.families.table import SCALAR_HEAD
+from megatron_aligndistil.models.lora import TRAINED, attach, merge
 from megatron_aligndistil.models.placement import placed_parameters
 from megatron_aligndistil.models.policy import HiddenStateModel
 
@@ -50,16 +53,35 @@ def load_weights(chunks: Sequence[HiddenStateModel], path: str | Path, head_seed
 
     Every rank calls it. Values are cast to the parameters' dtype; padded vocabulary rows become zero. A model with a
     scalar head takes a language model's weights too: the head is then drawn with ``head_seed``, alike in every layout.
+    The path of an adapter gives its base, the adapter merged.
 
     Raises:
         CheckpointError: names the file that is missing, damaged or doesn't fit the model.
     """
     found = model_path(path)
-    if kind_of(found) == "megatron":
-        read_state(found)
+    if saved := saved_adapter(found):
+        load_weights(chunks, saved.base, head_seed)
+        load_adapter(chunks, TRAINED, saved)
+        merge(chunks)
+    elif kind_of(found) == "megatron":
         _load_megatron(chunks, found, head_seed)
     else:
         load_hf(chunks, open_source(found), head_seed)
+
+
+def load_adapter(chunks: Sequence[HiddenStateModel], name: str, saved: SavedAdapter) -> None:
+    """Lay a saved adapter over the chunks, which have its base's weights. A scalar head of its own replaces theirs.
+
+    Every rank calls it.
+
+    Raises:
+        CheckpointError: names the file that is missing, damaged or doesn't fit the base.
+    """
+    attach(chunks, name, saved.settings)
+    if saved.form == "peft":
+        load_peft(chunks, name, saved)
+    else:
+        _load_in_place(_adapted_state(chunks, name, saved.scalar), saved.path / WEIGHTS)
 
 
 def _load_megatron(chunks: Sequence[HiddenStateModel], checkpoint: Path, head_seed: int) -> None:
@@ -99,19 +121,36 @@ def save_weights(chunks: Sequence[HiddenStateModel], folder: Path) -> None:
 def model_state(chunks: Sequence[HiddenStateModel]) -> dict[str, Any]:
     """Megatron-Core's sharded state of the chunks: {"model": ...}, or {"model0": ..., "model1": ...} for several.
 
+    Of chunks with adapters it is that of the one under training, and of a scalar head: the base has files of its own.
     Its tensors are the parameters themselves. Transformer Engine's extra states (FP8 scales) are left out: they would
     be unpickled on loading, and checkpoints are the same with and without it this way.
     """
+    if chunks[0].adapters is not None:
+        return _adapted_state(chunks, TRAINED, chunks[0].architecture.scalar_head)
+    return {_part_of(index, chunks): _base_state(chunk) for index, chunk in enumerate(chunks)}
+
+
+def _adapted_state(chunks: Sequence[HiddenStateModel], name: str, with_head: bool) -> dict[str, Any]:
     state = {}
     for index, chunk in enumerate(chunks):
-        sharded = chunk.sharded_state_dict(metadata=dict(SHARDING))
-        kept = {name: value for name, value in sharded.items() if not isinstance(value, ShardedObject)}
-        for name, value in kept.items():
-            if name.startswith("output_layer."):
-                # As for the embedding: another layout may pad the vocabulary to another size.
-                value.allow_shape_mismatch = True
-        state["model" if len(chunks) == 1 else f"model{index}"] = kept
+        base = _base_state(chunk) if with_head else {}
+        head = {key: value for key, value in base.items() if key == SCALAR_HEAD.parameter}
+        state[_part_of(index, chunks)] = {**adapter_state(chunk, name), **head}
     return state
+
+
+def _part_of(index: int, chunks: Sequence[HiddenStateModel]) -> str:
+    return "model" if len(chunks) == 1 else f"model{index}"
+
+
+def _base_state(chunk: HiddenStateModel) -> dict[str, Any]:
+    sharded = chunk.sharded_state_dict(metadata=dict(SHARDING))
+    kept = {name: value for name, value in sharded.items() if not isinstance(value, ShardedObject)}
+    for name, value in kept.items():
+        if name.startswith("output_layer."):
+            # As for the embedding: another layout may pad the vocabulary to another size.
+            value.allow_shape_mismatch = True
+    return kept
 
 
 def save_distributed(state: dict[str, Any], folder: Path) -> None:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_aligndistil.config.base_schema import DataConfig, KernelConfig, ModelConfig, TrainerConfig
 from megatron_aligndistil.config.checks import Runtime, processes_have_a_gpu_each
 from megatron_aligndistil.config.layout_rules import LAYOUT_RULES, context_parallel_is_not_asked_of_a_cpu
 from megatron_aligndistil.config.optional import OptionalInt, OptionalStr
 from megatron_aligndistil.config.rules import CHOICE_AND_RANGE_RULES, packed_row_holds_the_longest_example
-from megatron_aligndistil.config.schema import (
-    DataConfig,
-    KernelConfig,
-    ModelConfig,
-    RunConfig,
-    TrainerConfig,
-)
+from megatron_aligndistil.config.schema import RunConfig
 from megatron_aligndistil.errors import ConfigError
 
 

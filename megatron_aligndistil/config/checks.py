@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_aligndistil.config.layout_rules import LAYOUT_RULES, data_parallel_size
+from megatron_aligndistil.config.peft_rules import PEFT_RULES
 from megatron_aligndistil.config.rollout_rules import ROLLOUT_RULES
 from megatron_aligndistil.config.rules import CHOICE_AND_RANGE_RULES, RULES, sequences_per_example
 from megatron_aligndistil.config.schema import RunConfig
@@ -52,7 +53,7 @@ class Runtime:
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError for the first rule that ``config`` breaks."""
-    for rule in (*CHOICE_AND_RANGE_RULES, *LAYOUT_RULES, *RULES, *ROLLOUT_RULES):
+    for rule in (*CHOICE_AND_RANGE_RULES, *LAYOUT_RULES, *RULES, *PEFT_RULES, *ROLLOUT_RULES):
         _raise(rule(config))
 
 

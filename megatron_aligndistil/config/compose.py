@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,30 +23,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from megatron_aligndistil.config.atomic import write_text
-from megatron_aligndistil.config.schema import (
-    AlignDistilRunConfig,
-    DPORunConfig,
-    PolicyGradientRunConfig,
-    PPORunConfig,
-    RewardModelRunConfig,
-    RTORunConfig,
-    RunConfig,
-    SFTRunConfig,
-)
+from megatron_aligndistil.config.schema import SCHEMAS, RunConfig
 from megatron_aligndistil.errors import ConfigError
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
-SCHEMAS: Mapping[str, type[RunConfig]] = {
-    "sft": SFTRunConfig,
-    "dpo": DPORunConfig,
-    "reverse_dpo": DPORunConfig,
-    "aligndistil": AlignDistilRunConfig,
-    "reward_model": RewardModelRunConfig,
-    "ppo": PPORunConfig,
-    "rto": RTORunConfig,
-    "sentence_pg": PolicyGradientRunConfig,
-    "token_pg": PolicyGradientRunConfig,
-}
 Settings = TypeVar("Settings")
 
 
@@ -69,33 +49,40 @@ def load_config(
 ) -> RunConfig:
     """The run that ``config_name`` and Hydra ``overrides`` describe, with every mandatory key set.
 
-    ``config_dir`` is searched for ``<config_name>.yaml`` before our recipes, which its files can inherit from.
+    ``<config_name>.yaml`` is looked for in ``config_dir``, then among our recipes, then in the folder above
+    ``config_dir``; a file inherits from others (``defaults``) that are looked for in the same order.
     Raises ConfigError; the combinations of values are judged by ``checks``, not here.
     """
     composed, source = _compose(config_name, overrides, config_dir)
     with _one_line(source):
-        missing = sorted(OmegaConf.missing_keys(composed))
-        if missing:
-            remedy = " ".join(f"{key}=<value>" for key in missing)
-            raise ConfigError(f"{' and '.join(missing)}: mandatory, but not set; add {remedy}")
+        _refuse_missing(composed)
         config = OmegaConf.to_object(composed)
     assert isinstance(config, source.schema)
     return config
 
 
-def load_overrides(schema: type[Settings], overrides: Sequence[str], command: str) -> Settings:
+def load_overrides(
+    schema: type[Settings],
+    overrides: Sequence[str],
+    command: str,
+    own: tuple[str, str | os.PathLike[str]] | None = None,
+) -> Settings:
     """The defaults of a dataclass ``schema`` under Hydra ``overrides``: the settings of a command without recipes.
 
-    Raises ConfigError.
+    ``own`` is the name and the folder of a YAML file of the user's, which begins with ``defaults: [<command>, _self_]``
+    and comes between the two. Raises ConfigError.
     """
     _refuse_hydras_own(overrides)
-    source = _Source(command, tuple(overrides), schema)
+    name, folder = (command, RECIPES) if own is None else _own_file(*own)
+    source = _Source(name, tuple(overrides), schema)
     ConfigStore.instance().store(name=command, node=schema)
-    with _one_line(source), initialize_config_dir(str(RECIPES), job_name="aligndistil", version_base="1.3"):
-        values = OmegaConf.to_container(compose(command, overrides=list(overrides)), resolve=False)
-        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-    assert isinstance(settings, schema)
-    return settings
+    with _one_line(source), initialize_config_dir(str(folder), job_name="aligndistil", version_base="1.3"):
+        values = OmegaConf.to_container(compose(name, overrides=list(overrides)), resolve=False)
+        settings = OmegaConf.merge(OmegaConf.structured(schema), values)
+        _refuse_missing(settings)
+        made = OmegaConf.to_object(settings)
+    assert isinstance(made, schema)
+    return made
 
 
 def describe_config(
@@ -132,14 +119,33 @@ def _compose(
 ) -> tuple[DictConfig, _Source]:
     name = config_name.removesuffix(".yaml")
     _refuse_hydras_own(overrides)
-    folder = _folder_of(name, config_dir)
-    source = _Source(name, tuple(overrides), _schema_in(folder / f"{name}.yaml"))
+    folder, file = _found(name, config_dir)
+    source = _Source(name, tuple(overrides), _schema_in(file))
     store = ConfigStore.instance()
     for schema in dict.fromkeys(SCHEMAS.values()):
         store.store(name=_schema_node(schema), node=schema)
-    search = [f"hydra.searchpath=[file://{RECIPES}]"] if folder != RECIPES else []
+    # Hydra caches that it has not found the first file, before it reads its search path: it gets one that names it.
+    entry = name if file.parent == folder else "_found_above"
+    store.store(name="_found_above", node={"defaults": [name, "_self_"]})
+    # The folder above comes last, so that what lies there by chance cannot stand in for a recipe.
+    search = [f"hydra.searchpath=['file://{RECIPES}','file://{folder.parent}']"] if folder != RECIPES else []
     with _one_line(source), initialize_config_dir(str(folder), job_name="aligndistil", version_base="1.3"):
-        return _typed(compose(name, overrides=[*search, *overrides]), source)
+        return _typed(compose(entry, overrides=[*search, *overrides]), source)
+
+
+def _refuse_missing(composed: Any) -> None:
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        remedy = " ".join(f"{key}=<value>" for key in missing)
+        raise ConfigError(f"{' and '.join(missing)}: mandatory, but not set; add {remedy}")
+
+
+def _own_file(name: str, config_dir: str | os.PathLike[str]) -> tuple[str, Path]:
+    """The name and the folder of a YAML file of the user's for a command without recipes."""
+    name, folder = name.removesuffix(".yaml"), Path(config_dir).expanduser().resolve()
+    if not (folder / f"{name}.yaml").is_file():
+        raise ConfigError(f"--config-name {name}: {folder} holds no {name}.yaml; correct the name or --config-dir")
+    return name, folder
 
 
 def _refuse_hydras_own(overrides: Sequence[str]) -> None:
@@ -164,17 +170,18 @@ def _schema_node(schema: type[RunConfig]) -> str:
     return schema.__name__.removesuffix("RunConfig").lower() + "_schema"
 
 
-def _folder_of(name: str, config_dir: str | os.PathLike[str] | None) -> Path:
+def _found(name: str, config_dir: str | os.PathLike[str] | None) -> tuple[Path, Path]:
+    """The folder that the search begins in, and the file ``name`` in it, among our recipes or in the folder above."""
+    places = [RECIPES]
     if config_dir is not None:
         folder = Path(config_dir).expanduser().resolve()
         if not folder.is_dir():
             raise ConfigError(f"--config-dir {config_dir}: no such folder")
-        if (folder / f"{name}.yaml").is_file():
-            return folder
-    if (RECIPES / f"{name}.yaml").is_file():
-        return RECIPES
-    own = sorted(path.stem for path in folder.glob("*.yaml")) if config_dir is not None else []
-    known = ", ".join(dict.fromkeys([*own, *recipe_names()]))
+        places = [folder, RECIPES, folder.parent]
+    for place in places:
+        if (place / f"{name}.yaml").is_file():
+            return (RECIPES if place == RECIPES else places[0]), place / f"{name}.yaml"
+    known = ", ".join(dict.fromkeys(path.stem for place in places for path in sorted(place.glob("*.yaml"))))
     hint = "" if config_dir is not None else "; --config-dir adds a folder of your own"
     raise ConfigError(f"--config-name {name}: no such config; there are {known}{hint}")
 
@@ -238,7 +245,9 @@ def _explain(error: BaseException, source: _Source) -> str:
 def _explain_composition(error: BaseException, source: _Source) -> str:
     text = str(error).strip().splitlines()[0]
     if isinstance(error, MissingConfigException):
-        return f"{text}; 'defaults' may name {', '.join(recipe_names())} and the files beside it"
+        return (
+            f"{text}; 'defaults' may name {', '.join(recipe_names())} and the files beside it and in the folder above"
+        )
     if text.startswith("Ambiguous value"):
         given = next((override for override in source.overrides if override in text), text)
         return f"{given}: several values; for a list write {_key_of(given)}=[a,b], for text with a comma quote it"
@@ -273,7 +282,11 @@ def _explain_unknown(given: str | None, where: str, key: str, schema: type[Any])
         return f"{where}: no such key; {there}"
     if full_key.startswith(f"{close}."):  # below a free-form mapping or a value
         free_form = isinstance(OmegaConf.select(OmegaConf.structured(schema), close), DictConfig)
-        remedy = f"write +{where} to add it" if free_form else f"{close} holds {_expected(close, schema)}"
+        remedy = (
+            f"write +{given or f'{key}=<value>'} to add it"
+            if free_form
+            else f"{close} holds {_expected(close, schema)}"
+        )
         return f"{where}: no such key; {remedy}"
     return f"{where}: no such key; did you mean {close}?"
 

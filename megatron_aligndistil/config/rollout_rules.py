@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from megatron_aligndistil.config.reward_keys import reward_complaint
 from megatron_aligndistil.config.rollout_schema import RolloutConfig
 from megatron_aligndistil.config.rollout_sizes import RolloutSizes
 from megatron_aligndistil.config.schema import AlignDistilModelConfig, PPOModelConfig, RunConfig
-
-# What each source of model.reward needs, and what it leaves unused.
-REWARD_KEYS = {
-    "model": ("path",),
-    "contrastive": ("dpo_path", "reverse_dpo_path"),
-    "vanilla": ("dpo_path",),
-    "function": ("function",),
-}
-_OPTIONAL = {"vanilla": ("initial_path",)}
 
 
 def rollout_of(config: RunConfig) -> RolloutConfig | None:
@@ -96,19 +88,7 @@ def responses_are_drawn_not_taken_from_the_data(config: RunConfig) -> str | None
 
 
 def reward_has_what_its_source_needs(config: RunConfig) -> str | None:
-    if not isinstance(config.model, PPOModelConfig):
-        return None
-    reward = config.model.reward
-    needed = REWARD_KEYS.get(reward.source, ())
-    for key in needed:
-        if getattr(reward, key) is None:
-            return f"model.reward.source={reward.source}: needs model.reward.{key}; add it, or choose another source"
-    taken = (*needed, *_OPTIONAL.get(reward.source, ()))
-    for key in ("path", "dpo_path", "reverse_dpo_path", "initial_path", "function"):
-        value = getattr(reward, key)
-        if value is not None and key not in taken:
-            return f"model.reward.{key}={value}: unused by model.reward.source={reward.source}; remove it"
-    return None
+    return reward_complaint("model.reward", config.model.reward) if isinstance(config.model, PPOModelConfig) else None
 
 
 def kl_adapts_in_small_steps(config: RunConfig) -> str | None:

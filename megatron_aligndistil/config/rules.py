@@ -6,9 +6,9 @@ A rule answers None, or one line that names the key, the value and the remedy. `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from operator import attrgetter
 from pathlib import Path
 
+from megatron_aligndistil.config.base_schema import ModelConfig, OptimConfig
 from megatron_aligndistil.config.key_ranges import (
     AT_LEAST_ONE,
     CHOICES,
@@ -20,32 +20,43 @@ from megatron_aligndistil.config.key_ranges import (
 from megatron_aligndistil.config.schema import (
     AlignDistilModelConfig,
     DPOModelConfig,
-    ModelConfig,
-    OptimConfig,
+    IPOModelConfig,
+    KTOModelConfig,
     PPOModelConfig,
     RewardModelModelConfig,
     RunConfig,
+    SimPOModelConfig,
+    TDPO1ModelConfig,
+    TDPO2ModelConfig,
 )
 
 Rule = Callable[[RunConfig], str | None]
 
 DATA_FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+ON_PAIRS = (
+    DPOModelConfig,
+    TDPO1ModelConfig,
+    TDPO2ModelConfig,
+    SimPOModelConfig,
+    IPOModelConfig,
+    RewardModelModelConfig,
+)
 
 
 def _present(config: RunConfig, keys: tuple[str, ...]) -> Iterator[tuple[str, object]]:
     """(key, value) of those keys that this run's schema has and that are set."""
     for key in keys:
-        part, section = key.split(".")[:2]
-        if part == "model" and not hasattr(config.model, section):
-            continue
-        value = attrgetter(key)(config)
+        value: object = config
+        for name in key.split("."):
+            # An algorithm may lack a section, or a key of one that it shares.
+            value = getattr(value, name, None)
         if value is not None:
             yield key, value
 
 
 def sequences_per_example(model: ModelConfig) -> int:
     """Two where the examples are pairs, which a micro-batch and a packed row hold together."""
-    return 2 if isinstance(model, DPOModelConfig | RewardModelModelConfig) else 1
+    return 2 if isinstance(model, ON_PAIRS) else 1
 
 
 def every_choice_is_one_of_its_values(config: RunConfig) -> str | None:
@@ -111,6 +122,16 @@ def bf16_has_fp32_main_weights(config: RunConfig) -> str | None:
     return None
 
 
+def float64_gradients_are_not_clipped(config: RunConfig) -> str | None:
+    trainer = config.trainer
+    if trainer.precision == "64" and trainer.gradient_clip_val > 0:
+        return (
+            f"trainer.gradient_clip_val={trainer.gradient_clip_val}: Megatron-Core clips float32 gradients only; with "
+            f"trainer.precision=64 set it to 0"
+        )
+    return None
+
+
 def prompt_leaves_room_for_a_response(config: RunConfig) -> str | None:
     longest, prompt = config.model.encoder_seq_length, config.model.data.max_prompt_length
     if longest <= prompt:
@@ -146,6 +167,23 @@ def pairs_are_not_split_by_responses(config: RunConfig) -> str | None:
     responses = config.model.data.responses
     if sequences_per_example(config.model) == 2 and responses != "chosen":
         return f"model.data.responses={responses}: {config.algorithm} takes both responses of a pair; remove the key"
+    return None
+
+
+def kto_takes_every_response(config: RunConfig) -> str | None:
+    responses = config.model.data.responses
+    if isinstance(config.model, KTOModelConfig) and responses != "chosen":
+        return f"model.data.responses={responses}: kto takes both responses of a pair as labelled; remove the key"
+    return None
+
+
+def kto_has_responses_of_other_prompts(config: RunConfig) -> str | None:
+    batch = config.model.global_batch_size
+    if isinstance(config.model, KTOModelConfig) and batch < 2:
+        return (
+            f"model.global_batch_size={batch}: kto estimates its KL on the responses to other prompts of the batch; "
+            "raise it to 2 or more"
+        )
     return None
 
 
@@ -194,8 +232,13 @@ def wandb_settings_have_a_wandb_logger(config: RunConfig) -> str | None:
 
 
 def label_smoothing_keeps_the_preference(config: RunConfig) -> str | None:
-    if isinstance(config.model, DPOModelConfig) and not 0.0 <= config.model.dpo.label_smoothing < 0.5:
-        return f"model.dpo.label_smoothing={config.model.dpo.label_smoothing}: must be in [0, 0.5)"
+    if not isinstance(config.model, DPOModelConfig):
+        return None
+    smoothing = config.model.dpo.label_smoothing
+    if config.algorithm == "cdpo" and not 0.0 < smoothing < 0.5:
+        return f"model.dpo.label_smoothing={smoothing}: must be in (0, 0.5) for cdpo; without it use --config-name dpo"
+    if not 0.0 <= smoothing < 0.5:
+        return f"model.dpo.label_smoothing={smoothing}: must be in [0, 0.5)"
     return None
 
 
@@ -244,9 +287,12 @@ RULES: tuple[Rule, ...] = (
     min_lr_is_at_most_lr,
     warmup_is_given_once,
     bf16_has_fp32_main_weights,
+    float64_gradients_are_not_clipped,
     prompt_leaves_room_for_a_response,
     packed_row_holds_the_longest_example,
     pairs_are_not_split_by_responses,
+    kto_takes_every_response,
+    kto_has_responses_of_other_prompts,
     training_data_is_named,
     validation_has_data,
     checkpoints_are_not_both_asked_for_and_off,

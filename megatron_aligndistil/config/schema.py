@@ -1,163 +1,67 @@
-"""The typed configuration: every key that a run accepts, with its default. NeMo's names where NeMo has the concept.
-
-No torch, no Hydra here. Dataclasses are not frozen, since OmegaConf must be able to merge overrides into them.
-"""
+"""The typed configuration of a run: what every one has (``base_schema``), and each algorithm's own sections."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
 
-from megatron_aligndistil.config.optional import OptionalBool, OptionalFloat, OptionalInt, OptionalStr
+from megatron_aligndistil.config.base_schema import ExpManagerConfig, ModelConfig, OptimConfig, TrainerConfig
+from megatron_aligndistil.config.optional import OptionalFloat, OptionalStr
 from megatron_aligndistil.config.rollout_schema import RewardConfig, RolloutConfig
 
 
 @dataclass(kw_only=True)
-class TrainerConfig:
-    """``trainer``: how many processes, for how long."""
-
-    accelerator: str = "auto"  # auto | gpu | cpu
-    num_nodes: int = 1
-    devices: int = 1  # processes a node
-    precision: str = "bf16-mixed"  # bf16-mixed (bf16 weights, fp32 main weights), 32, or 64 for checks
-    max_epochs: int = 1
-    max_steps: int = -1  # optimizer steps; -1: as many as max_epochs gives
-    val_check_interval: int = 0  # steps between validations; 0: only where asked for by the two keys below
-    val_before_training: bool = False
-    val_after_training: bool = True
-    limit_val_batches: int = -1  # global batches a validation; -1: all
-    log_every_n_steps: int = 1
-    gradient_clip_val: float = 1.0  # 0: no clipping
-    timeout_minutes: int = 30  # of a collective, before the group is taken down
-
-
-@dataclass(kw_only=True)
-class CheckpointCallbackConfig:
-    """``exp_manager.checkpoint_callback_params``."""
-
-    every_n_train_steps: int = 0  # 0: only at the end
-    save_top_k: int = 2  # newest checkpoints kept; -1: all
-    save_on_train_end: bool = True
-    async_save: bool = True
-    export_hf_on_train_end: bool = False  # also write a Hugging Face folder to <log dir>/huggingface
-
-
-@dataclass(kw_only=True)
-class ExpManagerConfig:
-    """``exp_manager``: where results go and whether to go on from them."""
-
-    explicit_log_dir: OptionalStr = None  # default: runs/<name>
-    name: str = MISSING
-    resume_if_exists: bool = False
-    resume_ignore_no_checkpoint: bool = True
-    create_tensorboard_logger: bool = True
-    create_wandb_logger: bool = False
-    wandb_logger_kwargs: dict[str, Any] = field(default_factory=lambda: {"project": None, "name": None})  # wandb.init's
-    create_checkpoint_callback: bool = True
-    checkpoint_callback_params: CheckpointCallbackConfig = field(default_factory=CheckpointCallbackConfig)
-
-
-@dataclass(kw_only=True)
-class DataPrefixConfig:
-    """``model.data.data_prefix``: hub names (``name`` or ``name:split``), JSONL or Parquet files, folders of them."""
-
-    train: list[str] = field(default_factory=list)
-    validation: list[str] = field(default_factory=list)
-
-
-@dataclass(kw_only=True)
-class DataConfig:
-    """``model.data``: reading, tokenizing, batching."""
-
-    data_prefix: DataPrefixConfig = field(default_factory=DataPrefixConfig)
-    # Which responses of a pair an algorithm on single responses takes: chosen | rejected | both.
-    responses: str = "chosen"
-    chat_template: OptionalStr = None  # a Jinja file; default: the tokenizer's own
-    max_prompt_length: int = 1024
-    long_prompt: str = "drop"  # drop | truncate_left
-    long_response: str = "truncate_right"  # truncate_right | drop
-    batching: str = "bucketed"  # bucketed | packed
-    pack_length: OptionalInt = None  # tokens of a packed row; default: the longest example that the lengths allow
-    cache_dir: OptionalStr = None  # tokenized data; default: ~/.cache/megatron_aligndistil
-    shuffle: bool = True
-    num_workers: int = 1  # processes that tokenize
-
-
-@dataclass(kw_only=True)
-class SchedConfig:
-    """``model.optim.sched``."""
-
-    name: str = "CosineAnnealing"  # CosineAnnealing | WarmupAnnealing (linear decay) | WarmupPolicy (constant)
-    warmup_steps: OptionalInt = None
-    warmup_ratio: OptionalFloat = None  # share of all steps, where warmup_steps isn't given
-    min_lr: float = 0.0
-
-
-@dataclass(kw_only=True)
-class OptimConfig:
-    """``model.optim``."""
-
-    name: str = "adam"  # adam | distributed_fused_adam (optimizer state sharded over data-parallel ranks)
-    lr: float = 1e-6
-    weight_decay: float = 0.0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    sched: SchedConfig = field(default_factory=SchedConfig)
-
-
-@dataclass(kw_only=True)
-class FrozenConfig:
-    """``model.frozen``: the teachers and references."""
-
-    offload: bool = False  # keep bodies that are not in use in host memory
-
-
-@dataclass(kw_only=True)
-class KernelConfig:
-    """``model.kernel``: the loss over the vocabulary."""
-
-    # store: 5 head products a step, the logits' gradient kept in bf16 (fp32) | recompute: 8, nothing kept | auto: store
-    # where it fits the workspace
-    plan: str = "auto"
-    workspace_mib: OptionalInt = None  # memory a call may hold; default: 1024 on a CPU, 4096 on a GPU
-    chunk_tokens: OptionalInt = None  # tokens whose logits exist at once; default: as the plan and the device like it
-    backend: str = "auto"  # auto | pytorch | native (compiled loops, CPU) | triton (GPU)
-
-
-@dataclass(kw_only=True)
-class ModelConfig:
-    """``model`` without the algorithm's own section."""
-
-    restore_from_path: str = MISSING  # a Hugging Face folder, a GGUF file, a Megatron checkpoint, or a run's log folder
-    seed: int = 1234
-    micro_batch_size: int = 1
-    global_batch_size: int = 128
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: OptionalInt = None  # model chunks a stage
-    context_parallel_size: int = 1
-    sequence_parallel: bool = False
-    encoder_seq_length: int = 2048  # tokens of prompt and response together
-    make_vocab_size_divisible_by: int = 128
-    activations_checkpoint_granularity: OptionalStr = None  # selective | full
-    activations_checkpoint_method: OptionalStr = None  # uniform | block, with full
-    activations_checkpoint_num_layers: OptionalInt = None
-    transformer_engine: OptionalBool = None  # default: used where installed on a GPU
-    megatron_amp_O2: bool = True  # bf16 weights with fp32 main weights; there is no other bf16 mode
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    frozen: FrozenConfig = field(default_factory=FrozenConfig)
-    kernel: KernelConfig = field(default_factory=KernelConfig)
-
-
-@dataclass(kw_only=True)
 class DPOConfig:
-    """``model.dpo`` (paper Eq. 4); reverse_dpo takes the same section."""
+    """``model.dpo`` (paper Eq. 4); reverse_dpo and cdpo take the same section."""
 
     beta: float = 0.1
     label_smoothing: float = 0.0
+    reference_path: OptionalStr = None  # default: restore_from_path
+
+
+@dataclass(kw_only=True)
+class TDPO1Config:
+    """``model.tdpo`` of tdpo1 (Zeng et al. 2024)."""
+
+    beta: float = 0.1
+    reference_path: OptionalStr = None  # default: restore_from_path
+
+
+@dataclass(kw_only=True)
+class TDPO2Config(TDPO1Config):
+    """``model.tdpo`` of tdpo2."""
+
+    alpha: float = 0.5  # of the sequential KLs
+
+
+@dataclass(kw_only=True)
+class SimPOConfig:
+    """``model.simpo`` (Meng et al. 2024)."""
+
+    beta: float = 2.0
+    gamma: float = 1.0  # the margin itself; the paper also gives gamma / beta, 0.5 here
+
+
+@dataclass(kw_only=True)
+class IPOConfig:
+    """``model.ipo`` (Azar et al. 2023)."""
+
+    beta: float = 0.1  # the paper's tau
+    # Log-ratios a token, as in TRL, whose comments report that the authors' results were made so; false: of whole
+    # responses, as Eq. 17 is written. The margin aimed at is 1 / (2 beta) in either unit.
+    normalize_by_length: bool = True
+    reference_path: OptionalStr = None  # default: restore_from_path
+
+
+@dataclass(kw_only=True)
+class KTOConfig:
+    """``model.kto`` (Ethayarajh et al. 2024)."""
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0  # with unbalanced labels: desirable_weight x their count near undesirable's
+    undesirable_weight: float = 1.0
     reference_path: OptionalStr = None  # default: restore_from_path
 
 
@@ -242,6 +146,31 @@ class DPOModelConfig(ModelConfig):
 
 
 @dataclass(kw_only=True)
+class TDPO1ModelConfig(ModelConfig):
+    tdpo: TDPO1Config = field(default_factory=TDPO1Config)
+
+
+@dataclass(kw_only=True)
+class TDPO2ModelConfig(ModelConfig):
+    tdpo: TDPO2Config = field(default_factory=TDPO2Config)
+
+
+@dataclass(kw_only=True)
+class SimPOModelConfig(ModelConfig):
+    simpo: SimPOConfig = field(default_factory=SimPOConfig)
+
+
+@dataclass(kw_only=True)
+class IPOModelConfig(ModelConfig):
+    ipo: IPOConfig = field(default_factory=IPOConfig)
+
+
+@dataclass(kw_only=True)
+class KTOModelConfig(ModelConfig):
+    kto: KTOConfig = field(default_factory=KTOConfig)
+
+
+@dataclass(kw_only=True)
 class AlignDistilModelConfig(ModelConfig):
     rollout: RolloutConfig = field(default_factory=RolloutConfig)  # with aligndistil.source=rollout
     aligndistil: AlignDistilConfig = field(default_factory=AlignDistilConfig)
@@ -291,6 +220,31 @@ class DPORunConfig(RunConfig):
 
 
 @dataclass(kw_only=True)
+class TDPO1RunConfig(RunConfig):
+    model: TDPO1ModelConfig = field(default_factory=TDPO1ModelConfig)
+
+
+@dataclass(kw_only=True)
+class TDPO2RunConfig(RunConfig):
+    model: TDPO2ModelConfig = field(default_factory=TDPO2ModelConfig)
+
+
+@dataclass(kw_only=True)
+class SimPORunConfig(RunConfig):
+    model: SimPOModelConfig = field(default_factory=SimPOModelConfig)
+
+
+@dataclass(kw_only=True)
+class IPORunConfig(RunConfig):
+    model: IPOModelConfig = field(default_factory=IPOModelConfig)
+
+
+@dataclass(kw_only=True)
+class KTORunConfig(RunConfig):
+    model: KTOModelConfig = field(default_factory=KTOModelConfig)
+
+
+@dataclass(kw_only=True)
 class AlignDistilRunConfig(RunConfig):
     model: AlignDistilModelConfig = field(default_factory=AlignDistilModelConfig)
 
@@ -313,3 +267,23 @@ class RTORunConfig(RunConfig):
 @dataclass(kw_only=True)
 class PolicyGradientRunConfig(RunConfig):
     model: PolicyGradientModelConfig = field(default_factory=PolicyGradientModelConfig)
+
+
+# Algorithm → its run.
+SCHEMAS: Mapping[str, type[RunConfig]] = {
+    "sft": SFTRunConfig,
+    "dpo": DPORunConfig,
+    "reverse_dpo": DPORunConfig,
+    "cdpo": DPORunConfig,
+    "tdpo1": TDPO1RunConfig,
+    "tdpo2": TDPO2RunConfig,
+    "simpo": SimPORunConfig,
+    "ipo": IPORunConfig,
+    "kto": KTORunConfig,
+    "aligndistil": AlignDistilRunConfig,
+    "reward_model": RewardModelRunConfig,
+    "ppo": PPORunConfig,
+    "rto": RTORunConfig,
+    "sentence_pg": PolicyGradientRunConfig,
+    "token_pg": PolicyGradientRunConfig,
+}

@@ -112,7 +112,9 @@ def _kept(tokenized: Dataset, name: str, rows: int) -> tuple[Dataset, Summary]:
     counts = pc.list_value_length(table.column("responses")).to_numpy()[keep]
     response_tokens = _tokens_of(table.column("responses"))[keep]
     lengths = prompts * np.maximum(counts, 1) + response_tokens
-    kept = tokenized.select(keep).remove_columns(["truncated", "dropped"])
+    counted = ["truncated", "dropped"]
+    unlabelled = table.column("desirable").null_count == len(table)
+    kept = tokenized.select(keep).remove_columns([*counted, "desirable"] if unlabelled else counted)
     summary = Summary(
         name=name,
         rows=rows,
@@ -137,7 +139,7 @@ def _tokens_of(responses: pa.ChunkedArray) -> np.ndarray:
 
 
 def _fingerprint(dataset: Dataset) -> str:
-    """A hash of the token ids of all prompts and responses, in order."""
+    """A hash of the token ids of all prompts and responses, in order, and of their labels where they have some."""
     digest = hashlib.sha256()
     for table in dataset.with_format("arrow").iter(ROWS_A_BATCH):
         for name in ("prompt", "responses"):
@@ -146,6 +148,8 @@ def _fingerprint(dataset: Dataset) -> str:
                 digest.update(pc.list_value_length(column).to_numpy().tobytes())
                 column = column.flatten()
             digest.update(column.to_numpy().tobytes())
+        if "desirable" in dataset.column_names:
+            digest.update(table.column("desirable").to_numpy().tobytes())
     return digest.hexdigest()
 
 

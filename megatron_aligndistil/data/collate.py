@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_aligndistil.config.schema import ModelConfig
+from megatron_aligndistil.config.base_schema import ModelConfig
 from megatron_aligndistil.data.packing import deal, first_fit_decreasing, split_to_multiple
 from megatron_aligndistil.data.records import Kind
 from megatron_aligndistil.errors import ConfigError
@@ -88,6 +88,8 @@ def micro_batches(examples: Items[Example], data_rank: int, data_size: int, how:
     batches = [collate(sequences, size, names) for sequences, size, names in zip(members, sizes, origins, strict=True)]
     for batch, group in zip(batches, groups, strict=True):
         batch.values = _values([mine[i] for i in group] or mine[:1], bool(group))
+        if mine[0].desirable is not None:
+            batch.desirable = torch.tensor([mine[i].desirable for i in group], dtype=torch.bool)
     return batches
 
 

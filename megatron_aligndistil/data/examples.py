@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Indices
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from megatron_aligndistil.config.schema import DataConfig
+from megatron_aligndistil.config.base_schema import DataConfig
 from megatron_aligndistil.data.build import Recipe, build, read
 from megatron_aligndistil.data.chat import ChatFormat
 from megatron_aligndistil.data.records import Kind
@@ -71,6 +71,9 @@ class ExampleSet:
         table = self._rows[[int(i) for i in index]]
         columns = (table.column(name) for name in ("origin", "prompt", "responses"))
         examples = [_example(*row) for row in zip(*columns, strict=True)]
+        if "desirable" in table.column_names:
+            labels = table.column("desirable").to_pylist()
+            examples = [replace(e, desirable=label) for e, label in zip(examples, labels, strict=True)]
         return examples if self._transform is None else [self._transform(example) for example in examples]
 
     def __iter__(self) -> Iterator[Example]:

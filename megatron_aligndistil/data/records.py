@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
@@ -12,7 +13,7 @@ from megatron_aligndistil.data.transforms import unpair
 from megatron_aligndistil.errors import DataError
 from megatron_aligndistil.types import Message, Record
 
-Kind = Literal["preference", "demonstration", "prompt"]
+Kind = Literal["preference", "demonstration", "unpaired", "prompt"]
 Prompt = tuple[Message, ...]
 
 SHOWN_CHARACTERS = 60
@@ -26,9 +27,9 @@ def read_records(source: str, kind: Kind, responses: str = "chosen") -> Iterator
     """The records of a data set in file order.
 
     ``source`` is a hub name (``name`` or ``name:split``), a .jsonl or .parquet file, or a folder of them. ``kind``
-    "preference" gives (chosen, rejected) records, "demonstration" records of one response, "prompt" records of none;
-    ``responses`` says which ones of a preference row a demonstration is. Raises ``DataError`` at the first row that
-    can't be read.
+    "preference" gives (chosen, rejected) records, "demonstration" records of one response, "unpaired" the same with a
+    label, "prompt" records of none; ``responses`` says which ones of a preference row a demonstration is. Raises
+    ``DataError`` at the first row that can't be read.
     """
     for part in resolve(source):
         with TemporaryDirectory() as scratch:
@@ -38,12 +39,14 @@ def read_records(source: str, kind: Kind, responses: str = "chosen") -> Iterator
 
 
 def records_of(row: Mapping[str, Any], origin: str, kind: Kind, responses: str = "chosen") -> tuple[Record, ...]:
-    """The records that one row gives: one, or two for a demonstration of ``responses="both"``."""
+    """The records that one row gives: one, or two where a pair gives both its responses."""
     if kind not in get_args(Kind):
         raise ValueError(f"kind is {kind!r}, not one of {get_args(Kind)}")
     if kind == "prompt":
         return (Record(origin, _prompt(row, origin), ()),)
     record = read_record(row, origin)
+    if kind == "unpaired":
+        return _labelled(record, row)
     if kind == "demonstration":
         return unpair(responses)(record)
     if len(record.responses) == 1:
@@ -64,6 +67,24 @@ def read_record(row: Mapping[str, Any], origin: str) -> Record:
             prompt, response = _conversation(row, field, origin)
             return Record(origin, prompt, (response,))
     raise DataError(f"{origin}: no response in its fields {_fields(row)}; give {SCHEMAS}")
+
+
+def _labelled(record: Record, row: Mapping[str, Any]) -> tuple[Record, ...]:
+    """A response with the row's label, or those of a pair: the chosen one desirable, the rejected one not."""
+    if len(record.responses) == 2:
+        return tuple(
+            replace(record, responses=(response,), desirable=desirable)
+            for response, desirable in zip(record.responses, (True, False), strict=True)
+        )
+    if not _has(row, "label"):
+        raise DataError(
+            f"{record.origin}: field label is missing, its fields are {_fields(row)}; add true (desirable) or "
+            "false, or give chosen and rejected"
+        )
+    label = row["label"]
+    if not isinstance(label, bool):
+        raise DataError(f"{record.origin}: label is {_short(label)}; it must be true (desirable) or false")
+    return (replace(record, desirable=label),)
 
 
 def _prompt(row: Mapping[str, Any], origin: str) -> Prompt:

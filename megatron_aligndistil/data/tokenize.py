@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from datasets import Features, List, Value
 
-from megatron_aligndistil.config.schema import DataConfig
+from megatron_aligndistil.config.base_schema import DataConfig
 from megatron_aligndistil.data.chat import ChatFormat
 from megatron_aligndistil.errors import ConfigError, DataError
 from megatron_aligndistil.types import Record
@@ -19,6 +19,7 @@ TOKENIZED = Features(
         "origin": Value("string"),
         "prompt": List(Value("int32")),
         "responses": List(List(Value("int32"))),
+        "desirable": Value("bool"),  # null where responses have no labels
         "truncated": Value("bool"),
         "dropped": Value("string"),  # the reason; "" where the example is kept
     }
@@ -63,6 +64,7 @@ class Tokenized:
     origin: str
     prompt: list[int]
     responses: list[list[int]]
+    desirable: bool | None = None
     truncated: bool = False
     dropped: str = ""
 
@@ -83,7 +85,7 @@ def tokenize(records: list[Record], chat: ChatFormat, policy: LengthPolicy) -> l
     out = []
     for record, prompt, prompt_text in zip(records, prompts, prompt_texts, strict=True):
         responses = [_response(chat, prompt, len(prompt_text), whole) for _ in record.responses]
-        out.append(limit(Tokenized(record.origin, prompt, responses), policy))
+        out.append(limit(Tokenized(record.origin, prompt, responses, record.desirable), policy))
     return out
 
 
@@ -109,11 +111,16 @@ def limit(row: Tokenized, policy: LengthPolicy) -> Tokenized:
     prompt, longest = row.prompt, policy.prompt_limit
     if len(prompt) > longest:
         if policy.long_prompt == "drop":
-            return Tokenized(row.origin, [], [], dropped=f"prompt over {longest} tokens")
+            return _dropped(row, f"prompt over {longest} tokens")
         prompt = prompt[-longest:]
     room = policy.encoder_seq_length - len(prompt)
     too_long = any(len(response) > room for response in row.responses)
     if too_long and policy.long_response == "drop":
-        return Tokenized(row.origin, [], [], dropped=f"prompt and response over {policy.encoder_seq_length} tokens")
+        return _dropped(row, f"prompt and response over {policy.encoder_seq_length} tokens")
     responses = [response[:room] for response in row.responses]
-    return Tokenized(row.origin, prompt, responses, truncated=too_long or len(row.prompt) > longest)
+    truncated = too_long or len(row.prompt) > longest
+    return replace(row, prompt=prompt, responses=responses, truncated=truncated)
+
+
+def _dropped(row: Tokenized, reason: str) -> Tokenized:
+    return replace(row, prompt=[], responses=[], dropped=reason)

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from megatron_aligndistil.config.schema import KernelConfig
+from megatron_aligndistil.config.base_schema import KernelConfig
 
 MIB = 1 << 20
 

@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import shutil
 from pathlib import Path
 
-import torch
-
-from megatron_aligndistil.algorithms.algorithm import Algorithm, Role
+from megatron_aligndistil.algorithms.algorithm import Algorithm
 from megatron_aligndistil.algorithms.table import ALGORITHMS
+from megatron_aligndistil.checkpoint.adapter_config import state_entry
+from megatron_aligndistil.checkpoint.adapters import export_peft
 from megatron_aligndistil.checkpoint.hf_export import export_hf
 from megatron_aligndistil.checkpoint.locate import (
     CHECKPOINTS,
     complete_checkpoints,
     metadata_source,
+    model_path,
     read_architecture,
 )
 from megatron_aligndistil.checkpoint.training import CheckpointHook, Provenance, resume
-from megatron_aligndistil.checkpoint.weights import load_weights
+from megatron_aligndistil.config.base_schema import ExpManagerConfig
 from megatron_aligndistil.config.checks import check_model
 from megatron_aligndistil.config.compose import save_resolved
-from megatron_aligndistil.config.schema import ExpManagerConfig, RunConfig
+from megatron_aligndistil.config.schema import RunConfig
 from megatron_aligndistil.data.collate import MicroBatching
 from megatron_aligndistil.data.examples import Coordination, ExampleSet, load_examples
 from megatron_aligndistil.data.sampler import BatchSampler
 from megatron_aligndistil.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_aligndistil.errors import CheckpointError, ConfigError
+from megatron_aligndistil.launch.models import DTYPES, frozen_models, lora_settings, model_settings, trained_chunks
 from megatron_aligndistil.launch.rollouts import RolloutModels, rollout_source
 from megatron_aligndistil.models.frozen import FrozenModel
-from megatron_aligndistil.models.policy import (
-    HiddenStateModel,
-    ModelSettings,
-    Recompute,
-    build_chunks,
-    transformer_engine_usable,
-)
+from megatron_aligndistil.models.policy import HiddenStateModel
 from megatron_aligndistil.parallel import collectives, groups, setup
 from megatron_aligndistil.parallel.setup import Layout
+from megatron_aligndistil.trainer.experience import Estimator, ExperiencePasses
 from megatron_aligndistil.trainer.hooks import Hook
 from megatron_aligndistil.trainer.loop import LoopSettings, Trainer
 from megatron_aligndistil.trainer.objective import CRITIC, POLICY, Learner, Objective
@@ -48,8 +44,6 @@ from megatron_aligndistil.trainer.reporting import MetricsFile, ProgressBar, Ten
 from megatron_aligndistil.trainer.source import BatchSource, DatasetSource
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"64": torch.float64, "32": torch.float32, "bf16-mixed": torch.bfloat16}
 
 
 def run(config: RunConfig) -> None:
@@ -77,12 +71,13 @@ def _train(config: RunConfig, layout: Layout) -> None:
     if groups.world().rank == 0:
         save_resolved(config, log_dir / "config.yaml")
 
-    settings = _model_settings(config, layout)
-    chunks = _trained_chunks(config, config.model.restore_from_path, algorithm.scalar, settings)
-    critic = [] if algorithm.critic is None else _trained_chunks(config, algorithm.critic.path, True, settings)
-    frozen = _frozen_models(config, algorithm, settings)
+    settings, peft = model_settings(config, layout), config.model.peft
+    chunks = trained_chunks(config, config.model.restore_from_path, algorithm.scalar, settings, peft.restore_from_path)
+    critic = [] if algorithm.critic is None else trained_chunks(config, algorithm.critic.path, True, settings)
+    frozen = frozen_models(config, algorithm.every_role, settings, chunks)
     if algorithm.experience is None:
-        source: BatchSource = _dataset_source(config, algorithm, train, validation)
+        passes = ExperiencePasses(chunks, critic, frozen, MicroBatching.from_config(config.model, algorithm.kind))
+        source: BatchSource = _dataset_source(config, algorithm, passes, train, validation)
         drawn = ""
     else:
         models = RolloutModels(chunks, critic, frozen, algorithm.experience)
@@ -101,8 +96,7 @@ def _train(config: RunConfig, layout: Layout) -> None:
         trainer.fit()
     finally:
         source.close()
-    if config.exp_manager.checkpoint_callback_params.export_hf_on_train_end:
-        _export(config, chunks, log_dir / "huggingface")
+    _export(config, chunks, log_dir)
 
 
 def _learners(
@@ -122,20 +116,18 @@ def _learners(
     return learners
 
 
-def _trained_chunks(config: RunConfig, path: str, scalar: bool, settings: ModelSettings) -> list[HiddenStateModel]:
-    architecture = read_architecture(path)
-    check_model(config, architecture)
-    chunks = build_chunks(architecture.with_scalar_head() if scalar else architecture, settings)
-    load_weights(chunks, path)
-    return chunks
-
-
-def _export(config: RunConfig, chunks: list[HiddenStateModel], folder: Path) -> None:
+def _export(config: RunConfig, chunks: list[HiddenStateModel], log_dir: Path) -> None:
+    """Write what is asked for at the end; results of an earlier end of this run, which was then resumed, give way."""
+    asked, base = config.exp_manager.checkpoint_callback_params, config.model.restore_from_path
+    folders = {"huggingface": asked.export_hf_on_train_end, "adapter": asked.export_peft_on_train_end}
     if groups.world().rank == 0:
-        # Of an earlier end of this run, which was then resumed.
-        shutil.rmtree(folder, ignore_errors=True)
+        for folder in (log_dir / name for name, wanted in folders.items() if wanted):
+            shutil.rmtree(folder, ignore_errors=True)
     collectives.barrier()
-    export_hf(chunks, metadata_source(config.model.restore_from_path), folder, DTYPES[config.trainer.precision])
+    if asked.export_hf_on_train_end:
+        export_hf(chunks, metadata_source(base), log_dir / "huggingface", DTYPES[config.trainer.precision])
+    if asked.export_peft_on_train_end:
+        export_peft(chunks, model_path(base).resolve(), log_dir / "adapter")
 
 
 def log_directory(exp_manager: ExpManagerConfig) -> Path:
@@ -199,17 +191,17 @@ def _examples(config: RunConfig, algorithm: Algorithm) -> tuple[ExampleSet, Exam
 
 
 def _dataset_source(
-    config: RunConfig, algorithm: Algorithm, train: ExampleSet, validation: ExampleSet | None
+    config: RunConfig, algorithm: Algorithm, passes: ExperiencePasses, train: ExampleSet, validation: ExampleSet | None
 ) -> DatasetSource:
-    model = config.model
+    model, limit = config.model, config.trainer.limit_val_batches
     sampler = BatchSampler(len(train), model.global_batch_size, model.seed, model.data.shuffle)
     logger.info("training: %s", sampler.line())
-    batching = MicroBatching.from_config(model, algorithm.kind)
-    return DatasetSource(train, validation, sampler, batching, groups.data(), config.trainer.limit_val_batches)
+    estimator = Estimator(algorithm.estimate, passes) if algorithm.estimate is not None else None
+    return DatasetSource(train, validation, sampler, passes.batching, groups.data(), limit, estimator)
 
 
 def _provenance(config: RunConfig, train: ExampleSet, rollout: str) -> Provenance:
-    model = config.model
+    model, base = config.model, model_path(config.model.restore_from_path).resolve()
     return Provenance(
         algorithm=config.algorithm,
         optimizer=model.optim.name,
@@ -218,64 +210,8 @@ def _provenance(config: RunConfig, train: ExampleSet, rollout: str) -> Provenanc
         train_examples=len(train),
         train_fingerprint=train.fingerprint,
         rollout=rollout,
+        lora="" if model.peft.peft_scheme is None else state_entry(lora_settings(model), base),
     )
-
-
-def _model_settings(config: RunConfig, layout: Layout) -> ModelSettings:
-    model = config.model
-    usable = transformer_engine_usable()
-    if model.transformer_engine and not usable:
-        raise ConfigError(
-            "model.transformer_engine=true: Transformer Engine is not installed or there is no GPU; "
-            "install the gpu extra or leave the key out"
-        )
-    chosen = usable if model.transformer_engine is None else model.transformer_engine
-    adam = next((name for name in ("transformer_engine", "apex") if usable and _installed(name)), "torch")
-    logger.info(
-        "layout %s, %s; layers: %s; Adam: %s; weights %s",
-        layout,
-        torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU over gloo",
-        "Transformer Engine" if chosen else "Megatron-Core local with torch attention",
-        adam,
-        config.trainer.precision,
-    )
-    return ModelSettings(
-        layout=layout,
-        dtype=DTYPES[config.trainer.precision],
-        max_sequence_length=model.encoder_seq_length,
-        vocab_divisible_by=model.make_vocab_size_divisible_by,
-        transformer_engine=chosen,
-        recompute=Recompute(
-            model.activations_checkpoint_granularity,
-            model.activations_checkpoint_method,
-            model.activations_checkpoint_num_layers,
-        ),
-    )
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def _frozen_models(config: RunConfig, algorithm: Algorithm, settings: ModelSettings) -> dict[str, FrozenModel]:
-    """One model a path: roles that name the same one share it."""
-    by_path: dict[tuple[str, bool], FrozenModel] = {}
-    for role in algorithm.every_role.values():
-        key = role.path, role.scalar
-        if key not in by_path:
-            by_path[key] = FrozenModel(_frozen_chunks(config, role, settings), config.model.frozen.offload)
-    return {name: by_path[role.path, role.scalar] for name, role in algorithm.every_role.items()}
-
-
-def _frozen_chunks(config: RunConfig, role: Role, settings: ModelSettings) -> list[HiddenStateModel]:
-    architecture = read_architecture(role.path)
-    if architecture.scalar_head != role.scalar:
-        found, wanted = ("a reward model", "a language model")[:: 1 if architecture.scalar_head else -1]
-        raise CheckpointError(f"{role.config_key}={role.path}: {found}, and {wanted} is needed; give another path")
-    check_model(config, architecture)
-    chunks = build_chunks(architecture, settings)
-    load_weights(chunks, role.path)
-    return chunks
 
 
 def _loop_settings(config: RunConfig, total_steps: int, log_dir: Path) -> LoopSettings:

@@ -92,6 +92,11 @@ COMMANDS = (
         _elsewhere("megatron_aligndistil.launch.certify"),
     ),
     Command(
+        "analyze",
+        "reward accuracy, constant against adaptive weights, win rates, token figures of trained models",
+        _elsewhere("megatron_aligndistil.launch.analyze"),
+    ),
+    Command(
         "quickstart",
         "align a small model end to end on this machine",
         _elsewhere("megatron_aligndistil.launch.quickstart"),

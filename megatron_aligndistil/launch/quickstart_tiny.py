@@ -37,7 +37,16 @@ logger = logging.getLogger(__name__)
 
 def make_tiny_model(folder: Path, pairs: Sequence[Pair], seed: int) -> None:
     """Write a Hugging Face folder with the model, taught the answers of ``pairs``, and its tokenizer."""
-    tokenizer = train_tokenizer(pairs)
+    tokenizer = train_tokenizer([text for pair in pairs for text in (pair.question, pair.chosen, pair.rejected)])
+    model = random_model(tokenizer, seed)
+    loss = _teach_language(model, tokenizer, pairs, seed)
+    logger.info("%.2f M parameters, cross-entropy %.2f nats a token", model.num_parameters() / 1e6, loss)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def random_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
+    """About 1 M random weights in Qwen2's shape, for the vocabulary of ``tokenizer``."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -52,25 +61,20 @@ def make_tiny_model(folder: Path, pairs: Sequence[Pair], seed: int) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen2ForCausalLM(config)
-    loss = _teach_language(model, tokenizer, pairs, seed)
-    logger.info("%.2f M parameters, cross-entropy %.2f nats a token", model.num_parameters() / 1e6, loss)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return Qwen2ForCausalLM(config)
 
 
-def train_tokenizer(pairs: Sequence[Pair]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learnt from ``pairs``, with a chat template."""
+def train_tokenizer(texts: Sequence[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most ``vocabulary`` entries learnt from ``texts``, with a chat template."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[PAD, "<|im_start|>", EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [text for pair in pairs for text in (pair.question, pair.chosen, pair.rejected)]
     backend.train_from_iterator([*texts, "user\nassistant\nsystem\n"], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

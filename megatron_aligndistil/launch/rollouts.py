@@ -76,13 +76,13 @@ def rollout_source(
         passes_batching = batching
     passes = ExperiencePasses(models.chunks, models.critic, models.frozen, passes_batching)
     prompts = Prompts(train, validation, config.trainer.limit_val_batches, decode)
-    engine, dtype = _engine(config, settings, models.chunks[0], log_dir)
+    engine, dtype = engine_of(config, settings, models.chunks[0], log_dir)
     engines = EngineGroup(engine, models.chunks, Stream(dtype, settings.sync_bucket_mib * MIB))
     scoring = Scoring(passes, models.experience, response_logprobs(model.kernel))
     return RolloutSource(prompts, plan, engines, scoring, batching), plan.line()
 
 
-def _engine(
+def engine_of(
     config: RunConfig, settings: RolloutConfig, chunk: HiddenStateModel, log_dir: Path
 ) -> tuple[Engine, torch.dtype]:
     """This rank's engine, and the type of its weights."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_aligndistil.models.heads import head_of, project
+from megatron_aligndistil.models.lora import active
 from megatron_aligndistil.models.policy import HiddenStateModel
 from megatron_aligndistil.parallel import groups, schedule
 from megatron_aligndistil.types import Batch, VocabHead
@@ -22,17 +23,25 @@ logger = logging.getLogger(__name__)
 
 
 class FrozenModel:
-    """A model without gradients. ``head`` is None on all but the last pipeline stage, and of a scalar model."""
+    """A model without gradients. ``head`` is None on all but the last pipeline stage, and of a scalar model.
 
-    def __init__(self, chunks: Sequence[HiddenStateModel], offload: bool) -> None:
-        self.chunks = list(chunks)
+    adapter   the one of the chunks' adapters that makes it this model; None: their base
+    borrowed  the chunks are the base under a policy that trains an adapter: they keep their gradients, and stay where
+              they are
+    """
+
+    def __init__(
+        self, chunks: Sequence[HiddenStateModel], offload: bool, adapter: str | None = None, borrowed: bool = False
+    ) -> None:
+        self.chunks, self.adapter = list(chunks), adapter
         for chunk in self.chunks:
-            chunk.eval().requires_grad_(False)
+            if not borrowed:
+                chunk.eval().requires_grad_(False)
         self.device = next(self.chunks[0].parameters()).device
         has_head = groups.is_last_stage() and not self.chunks[-1].architecture.scalar_head
         self.head: VocabHead | None = head_of(self.chunks[-1]) if has_head else None
-        self.offload = offload and self.device.type == "cuda"
-        if offload and not self.offload:
+        self.offload = offload and not borrowed and self.device.type == "cuda"
+        if offload and self.device.type != "cuda":
             logger.info("model.frozen.offload: the device is the host already; nothing is moved")
         self._move(torch.device("cpu"))
 
@@ -46,7 +55,10 @@ class FrozenModel:
             return keep(project(self.chunks[-1], hidden_SBH, batches[index]), batches[index])
 
         self._move(self.device)
-        kept = schedule.forward_only(self.chunks, batches, on_last_stage)
+        for chunk in self.chunks:
+            chunk.eval()
+        with active(self.chunks, self.adapter):
+            kept = schedule.forward_only(self.chunks, batches, on_last_stage)
         self._move(torch.device("cpu"))
         return kept
 

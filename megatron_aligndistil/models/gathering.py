@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_aligndistil.models import families
+from megatron_aligndistil.models.architecture import Architecture
+from megatron_aligndistil.models.families.lora import lora_table
 from megatron_aligndistil.models.families.rules import Shape
-from megatron_aligndistil.models.families.table import hf_shapes, lines
+from megatron_aligndistil.models.families.table import Entry, lines
+from megatron_aligndistil.models.lora import Adapter, LoRASettings, merged, placed_adapter, updates
 from megatron_aligndistil.models.placement import Placed, placed_parameters
 from megatron_aligndistil.models.policy import HiddenStateModel
 from megatron_aligndistil.parallel import groups
+
+Value = Callable[[Tensor], Tensor]
+Line = tuple[Entry, int | None]
 
 
 def _data(parameter: Tensor) -> Tensor:
@@ -24,50 +30,76 @@ def _data(parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gathered_tensors(
-    chunks: Sequence[HiddenStateModel], value: Callable[[Tensor], Tensor] = _data
+    chunks: Sequence[HiddenStateModel], value: Value | None = None
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Full tensors by Hugging Face name, in the order of a forward pass: on global rank 0; None on every other rank.
 
     Every rank iterates it to its end and gets the same names, so collectives of the caller's own may come between two
-    tensors. ``value`` picks what is gathered of a parameter: its data, or a gradient of the same shape. A tied head
-    appears once, as the embedding.
+    tensors. ``value`` picks what is gathered of a parameter, such as a gradient of the same shape; by default its data,
+    with the active adapter merged. A tied head appears once, as the embedding.
     """
     architecture = chunks[0].architecture
-    table = families.table_of(architecture)
+    everything = list(lines(families.table_of(architecture), architecture))
+    updating = {} if value else {id(w): adapter for chunk in chunks for w, adapter in updates(chunk).items()}
+    yield from _gathered(architecture, everything, placed_parameters(chunks), value or _data, updating)
+
+
+@torch.no_grad()
+def gathered_adapter(
+    chunks: Sequence[HiddenStateModel], name: str, value: Value = _data
+) -> Iterator[tuple[str, Tensor | None]]:
+    """An adapter's full tensors by Hugging Face name, as ``gathered_tensors``."""
+    architecture, settings = chunks[0].architecture, chunks[0].adapters.settings[name]
+    yield from _gathered(architecture, adapter_lines(settings, architecture), placed_adapter(chunks, name), value, {})
+
+
+def adapter_lines(settings: LoRASettings, architecture: Architecture) -> list[Line]:
+    """Every (entry, layer) of an adapter, in the order of a forward pass."""
+    table = lora_table(settings.targets, settings.rank)
+    return [(entry, layer) for layer in range(architecture.num_layers) for entry in table]
+
+
+def _gathered(
+    architecture: Architecture,
+    order: Sequence[Line],
+    placed: Iterable[Placed],
+    value: Value,
+    updating: Mapping[int, Adapter],
+) -> Iterator[tuple[str, Tensor | None]]:
     if dist.get_global_rank(groups.model().group, 0) != 0:
         # Another replica of the same weights, data-parallel or context-parallel.
-        yield from ((name, None) for name in hf_shapes(table, architecture))
+        yield from ((name, None) for entry, layer in order for name in entry.hf_shapes(architecture, layer))
         return
-    held = {placed.key: placed for placed in placed_parameters(chunks)}
+    held = {one.key: one for one in placed}
     stages: list[Any] = [None] * groups.pipeline().size
-    dtypes = {key: value(placed.parameter).dtype for key, placed in held.items()}
+    dtypes = {key: value(one.parameter).dtype for key, one in held.items()}
     dist.all_gather_object(stages, dtypes, group=groups.pipeline().group)
-    for entry, layer in lines(table, architecture):
+    for entry, layer in order:
         key = entry.parameter, layer
         owner = next(stage for stage, names in enumerate(stages) if key in names)
         shapes = entry.hf_shapes(architecture, layer)
-        merged = None
+        pieces = None
         if owner == groups.pipeline().rank:
-            merged = _merged(held[key], value, list(shapes.values()))
+            shard = value(held[key].parameter)
+            if adapter := updating.get(id(held[key].parameter)):
+                shard = merged(shard, adapter)
+            pieces = _merged(held[key], shard.contiguous(), list(shapes.values()))
         if groups.tensor().rank == 0:
-            yield from _delivered(shapes, merged, owner, stages[owner][key])
+            yield from _delivered(shapes, pieces, owner, stages[owner][key])
         else:
             yield from ((name, None) for name in shapes)
 
 
-def hf_tensors(
-    chunks: Sequence[HiddenStateModel], value: Callable[[Tensor], Tensor] = _data
-) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(chunks: Sequence[HiddenStateModel], value: Value | None = None) -> Iterator[tuple[str, Tensor]]:
     """``gathered_tensors`` on global rank 0, nothing on the others; every rank iterates it to its end."""
     for name, tensor in gathered_tensors(chunks, value):
         if tensor is not None:
             yield name, tensor
 
 
-def _merged(placed: Placed, value: Callable[[Tensor], Tensor], shapes: list[Shape]) -> list[Tensor] | None:
+def _merged(placed: Placed, shard: Tensor, shapes: list[Shape]) -> list[Tensor] | None:
     """The Hugging Face tensors on the first tensor-parallel rank, None on the others."""
-    axis, shard = groups.tensor(), value(placed.parameter).contiguous()
-    shards = [shard]
+    axis, shards = groups.tensor(), [shard]
     if placed.entry.rule.sharded and axis.size > 1:
         shards = [torch.empty_like(shard) for _ in range(axis.size)] if axis.rank == 0 else []
         first = dist.get_global_rank(axis.group, 0)

@@ -32,12 +32,14 @@ class Placed:
 
 
 def placed_parameters(chunks: Sequence[HiddenStateModel]) -> Iterator[Placed]:
-    """Every parameter of this rank's chunks (not wrapped in DDP)."""
+    """Every parameter of this rank's chunks (not wrapped in DDP) but those of adapters (``lora.placed_adapter``)."""
     axis = groups.tensor()
     for chunk in chunks:
         architecture = chunk.architecture
         table = families.table_of(architecture)
         for name, parameter in chunk.named_parameters():
+            if ".adapters." in name:
+                continue
             match, layer, generic = _IN_LAYER.fullmatch(name), None, name
             if match:
                 layer = chunk.decoder.layers[int(match[1])].layer_number - 1

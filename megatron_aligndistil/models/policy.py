@@ -53,7 +53,10 @@ class Recompute:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What the run decides about a model, beside its architecture."""
+    """What the run decides about a model, beside its architecture.
+
+    separate_norms  Transformer Engine's norms are modules of their own: an adapter's input is what they return
+    """
 
     layout: Layout
     dtype: torch.dtype
@@ -61,6 +64,7 @@ class ModelSettings:
     vocab_divisible_by: int
     transformer_engine: bool
     recompute: Recompute = Recompute()
+    separate_norms: bool = False
 
 
 def transformer_engine_usable() -> bool:
@@ -72,6 +76,7 @@ class HiddenStateModel(GPTModel):
     """A GPT that returns the last stage's hidden states [S, B, H] ([S/TP, B, H] under sequence parallelism)."""
 
     architecture: Architecture
+    adapters: Any = None  # lora.Adapters, where some lie over it
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
@@ -200,7 +205,8 @@ def _block_spec(
     config: TransformerConfig, architecture: Architecture, settings: ModelSettings, stage: int | None
 ) -> Any:
     if settings.transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm)
+        fused = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm)
+        return _with_separate_norms(fused) if settings.separate_norms else fused
     layer: ModuleSpec = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -210,6 +216,21 @@ def _block_spec(
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     count = get_num_layers_to_build(config, vp_stage=stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+
+
+def _with_separate_norms(layer: ModuleSpec) -> ModuleSpec:
+    """Transformer Engine's layer with each norm before its linear layer; checkpoints have the fused one's names."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = TENorm
+    parts.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    parts.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+    parts.sharded_state_dict_keys_map = {
+        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    }
+    return layer
 
 
 def scaled_inverse_frequencies(frequencies: Tensor, scaling: Llama3RopeScaling) -> Tensor:

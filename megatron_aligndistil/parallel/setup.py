@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_aligndistil.config.schema import ModelConfig
+from megatron_aligndistil.config.base_schema import ModelConfig
 from megatron_aligndistil.errors import ConfigError
 from megatron_aligndistil.parallel import cpu
 

@@ -1,4 +1,4 @@
-"""The forward-only passes over a rollout, and what an algorithm makes of them.
+"""The forward-only passes over a rollout or a global batch, and what an algorithm makes of them.
 
 Shapes: T response tokens, N sequences of a micro-batch.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_aligndistil.algorithms.algorithm import Experience, Keep, Trajectory
+from megatron_aligndistil.algorithms.algorithm import Estimate, Keep, Passes, Trajectory
 from megatron_aligndistil.data.collate import MicroBatching, micro_batches
 from megatron_aligndistil.models.frozen import FrozenModel
 from megatron_aligndistil.models.heads import project
@@ -25,30 +25,44 @@ Statistics = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class ExperiencePasses:
-    """The models that say something of a rollout. ``critic`` is empty where there is none."""
+    """The models that say something of examples. ``critic`` is empty where there is none."""
 
     policy: Sequence[HiddenStateModel]
     critic: Sequence[HiddenStateModel]
     frozen: Mapping[str, FrozenModel]
     batching: MicroBatching
 
-    def statistics(self, examples: Sequence[Example], experience: Experience) -> list[Statistics]:
+    def statistics(self, examples: Sequence[Example], asked: Passes) -> list[Statistics]:
         """Of each example, in order, on every rank; the examples' origins are unique."""
         axis = groups.data()
         device = next(self.policy[0].parameters()).device
         batches = [b.to(device) for b in micro_batches(list(examples), axis.rank, axis.size, self.batching)]
         found: dict[str, Statistics] = {}
         if batches:
-            for name, keep in experience.policy.items():
+            for name, keep in asked.policy.items():
                 _collect(found, name, batches, _forward(self.policy, batches, keep))
-            for name, keep in experience.critic.items():
+            for name, keep in asked.critic.items():
                 _collect(found, name, batches, _forward(self.critic, batches, keep))
-            for name, role in experience.roles.items():
+            for name, role in asked.roles.items():
                 _collect(found, name, batches, self.frozen[name].run(batches, role.keep))
         # Losses and pipelines end on the last stage; whatever an algorithm makes of a rollout, every rank must know.
         known = collectives.gather_objects(found if groups.is_metrics_rank() else {})
         merged = {origin: values for part in known for origin, values in part.items()}
         return [merged.get(example.origin, {}) for example in examples]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """What an algorithm computes of a global batch, and the models that it takes."""
+
+    estimate: Estimate
+    passes: ExperiencePasses
+
+    def constants(self, examples: Sequence[Example]) -> Mapping[str, float]:
+        """Of a global batch, under the policy's present weights. Every rank calls it and gets the same."""
+        asked = self.estimate.examples(examples)
+        statistics = self.passes.statistics(asked, self.estimate)
+        return self.estimate.constants([Trajectory(e, own) for e, own in zip(asked, statistics, strict=True)])
 
 
 @torch.no_grad()

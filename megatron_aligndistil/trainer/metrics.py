@@ -68,7 +68,9 @@ class WorldMetrics:
         for name, value in sums.items():
             base, _, part = name.partition("/")
             if part == "numerator":
-                metrics[base] = value / sums[f"{base}/denominator"] if sums[f"{base}/denominator"] else float("nan")
+                denominator = sums[f"{base}/denominator"]
+                if denominator or base == "loss":  # a step may hold nothing that another metric is a mean of
+                    metrics[base] = value / denominator if denominator else float("nan")
             elif not part:
                 metrics[base] = value
         return metrics

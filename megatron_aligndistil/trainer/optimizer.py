@@ -11,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_aligndistil.config.schema import OptimConfig
+from megatron_aligndistil.config.base_schema import OptimConfig
 from megatron_aligndistil.models.policy import HiddenStateModel
 
 logger = logging.getLogger(__name__)

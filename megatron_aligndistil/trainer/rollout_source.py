@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_aligndistil.algorithms.algorithm import Experience, Keep, Trajectory
+from megatron_aligndistil.algorithms.algorithm import Experience, Keep, Passes, Trajectory
 from megatron_aligndistil.data.collate import MicroBatching, micro_batches
 from megatron_aligndistil.data.examples import ExampleSet
 from megatron_aligndistil.data.sampler import BatchSampler, epoch_order, validation_batches
@@ -192,8 +192,7 @@ class RolloutSource:
         if not tokens:
             return {}
         examples = [Example(f"probe {i}", (TokenSequence(ids, 1),)) for i, ids in enumerate(tokens)]
-        asked = Experience(self.scoring.experience.assemble, policy={"logprob": self.scoring.logprobs})
-        trainer = self.scoring.passes.statistics(examples, asked)
+        trainer = self.scoring.passes.statistics(examples, Passes(policy={"logprob": self.scoring.logprobs}))
         engine = self.engines.score(tokens)
         gaps = np.abs(
             np.concatenate(engine).astype(np.float64)

@@ -17,9 +17,9 @@ from megatron_aligndistil.certificate.algorithms import ALGORITHM_CHECKS
 from megatron_aligndistil.certificate.findings import Finding
 from megatron_aligndistil.certificate.kernels import KERNELS
 from megatron_aligndistil.certificate.suite import Request, certify
-from megatron_aligndistil.config.schema import KernelConfig
+from megatron_aligndistil.config.base_schema import KernelConfig
 from megatron_aligndistil.kernels import gradients, partials
-from megatron_aligndistil.models import heads
+from megatron_aligndistil.models import heads, lora
 from megatron_aligndistil.models.policy import HiddenStateModel
 from megatron_aligndistil.parallel import groups, setup
 from megatron_aligndistil.parallel.setup import Layout
@@ -30,7 +30,7 @@ SP2 = Layout(tensor=2, sequence_parallel=True)
 LAYOUTS = {
     "tp1": (1, Request(Layout())),
     "tp2": (2, Request(Layout(tensor=2), precision="32")),
-    "tp2-sp": (2, Request(SP2)),
+    "tp2-sp": (2, Request(SP2, precision="64")),
     "tp2-sp, a token a chunk, packed": (
         2,
         Request(
@@ -55,7 +55,11 @@ def _certified(request: Request) -> list[Finding]:
     return certify(request)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# Minutes each on two cores; test_layouts has algorithms, test_kernels_distributed kernels at TP = 4.
+SLOW = {"tp4", "tp4-sp"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS])
 def test_everything_passes(name: str) -> None:
     world, request = LAYOUTS[name]
     findings, *others = run_ranks(world, _certified, request, timeout_seconds=250)
@@ -140,6 +144,11 @@ def _scores_gradient_summed() -> None:
     heads._scalar_values = summed
 
 
+def _adapters_gradient_not_summed() -> None:
+    """Each tensor rank then has the gradient of A from its own rows of B alone."""
+    lora.copy_to_tensor_model_parallel_region = lambda down_SBR: down_SBR
+
+
 def _certified_with(mutation: Callable[[], None], names: set[str]) -> list[Finding]:
     mutation()
     suite.KERNELS = {name: check for name, check in KERNELS.items() if name in names}
@@ -155,6 +164,7 @@ def _certified_with(mutation: Callable[[], None], names: set[str]) -> list[Findi
         (_first_shard_alone, "value error", {"token_kl to_other"}, {"token_logprob"}),
         (_not_whitened, "value error", {"ppo"}, {"ppo critic", "rto"}),
         (_values_not_clipped, "gradient error", {"ppo critic", "rto critic"}, {"ppo"}),
+        (_adapters_gradient_not_summed, "gradient error", {"sft lora", "aligndistil lora"}, {"sft"}),
         (_scores_gradient_summed, "gradient error", {"ppo critic", "reward_model"}, {"ppo"}),
         (
             _words_in_the_backward_pass,

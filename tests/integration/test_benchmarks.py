@@ -204,7 +204,6 @@ def test_rows_measured_again_replace_earlier_ones(monkeypatch):
 
 
 def test_plot_is_drawn(fp32_rows, tmp_path):
-    pytest.importorskip("matplotlib")
     _, source = fp32_rows
     target = tmp_path / "kernels.svg"
     program = """

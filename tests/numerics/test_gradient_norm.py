@@ -11,7 +11,7 @@ from megatron_aligndistil.algorithms.table import ALGORITHMS
 from megatron_aligndistil.certificate.algorithms import ALGORITHM_CHECKS
 from megatron_aligndistil.certificate.models import InMemory, World, architecture_for
 from megatron_aligndistil.checkpoint.hf_import import load_hf
-from megatron_aligndistil.config.schema import KernelConfig, OptimConfig
+from megatron_aligndistil.config.base_schema import KernelConfig, OptimConfig
 from megatron_aligndistil.data.collate import MicroBatching, micro_batches
 from megatron_aligndistil.models.heads import project
 from megatron_aligndistil.models.policy import ModelSettings, build_chunks

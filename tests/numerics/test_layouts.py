@@ -11,10 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_aligndistil.certificate.algorithms import ALGORITHM_CHECKS, Reference
+from megatron_aligndistil.certificate.algorithm_check import Reference
+from megatron_aligndistil.certificate.algorithms import ALGORITHM_CHECKS
 from megatron_aligndistil.certificate.models import World, architecture_for
 from megatron_aligndistil.certificate.sharded import Answer, Case, ShardedWorld
-from megatron_aligndistil.config.schema import KernelConfig
+from megatron_aligndistil.config.base_schema import KernelConfig
 from megatron_aligndistil.models.architecture import Architecture
 from megatron_aligndistil.parallel import setup
 from megatron_aligndistil.parallel.setup import Layout
@@ -59,11 +60,13 @@ SCALARS_AND_EXPERIENCE = [
     for case in (CASES[2], CASES[3], CASES[5], CASES[7], CASES[13], CASES[17])
     for name in ("reward_model", "ppo", "ppo critic", "token_pg")
 ]
+# Adapters have collectives of their own in every layer.
+ADAPTERS = [("aligndistil lora", case) for case in (CASES[3], CASES[7], CASES[8], CASES[15], CASES[17])]
 # The others go through every step of training once in one process, and once sharded and packed.
 EVERY_MODE = [
     (name, case) for case in (CASES[0], CASES[12]) for name in ALGORITHM_CHECKS if (name, case) not in EVERY_LAYOUT
 ]
-IN_FLOAT64 = EVERY_LAYOUT + SCALARS_AND_EXPERIENCE + EVERY_MODE
+IN_FLOAT64 = EVERY_LAYOUT + SCALARS_AND_EXPERIENCE + ADAPTERS + EVERY_MODE
 IN_FLOAT32 = [(name, case) for case in FP32_CASES for name in ("sft", "dpo", "aligndistil", "aligndistil vanilla")]
 IN_FLOAT32 += [(name, FP32_CASES[1]) for name in ("ppo", "ppo critic", "rto", "reward_model", "token_pg")]
 TIED = [True, False]

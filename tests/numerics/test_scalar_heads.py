@@ -17,7 +17,7 @@ from megatron_aligndistil.checkpoint.hf_import import load_hf
 from megatron_aligndistil.checkpoint.locate import read_architecture
 from megatron_aligndistil.checkpoint.receipt import probe_batch
 from megatron_aligndistil.checkpoint.weights import load_weights, model_state
-from megatron_aligndistil.config.schema import OptimConfig
+from megatron_aligndistil.config.base_schema import OptimConfig
 from megatron_aligndistil.data.collate import MicroBatching, micro_batches
 from megatron_aligndistil.models.frozen import FrozenModel
 from megatron_aligndistil.models.gathering import hf_tensors

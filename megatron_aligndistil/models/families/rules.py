@@ -27,6 +27,20 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True)
+class MemoryPart:
+    """A tensor in memory, of which slices are taken."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.tensor.shape)
+
+    def take(self, dimension: int, start: int, stop: int) -> Tensor:
+        return self.tensor.narrow(dimension, start, stop - start)
+
+
+@dataclass(frozen=True)
 class Slot:
     """The parameter that a rank holds: its shape, and where the rank stands in its tensor-parallel group."""
 

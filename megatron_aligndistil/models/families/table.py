@@ -19,11 +19,11 @@ _FUSED_NORMS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a name table. ``parts`` maps Hugging Face names to shapes in named dimensions (``dimensions``)."""
+    """One line of a name table. ``parts`` maps Hugging Face names to shapes: numbers, or names of ``dimensions``."""
 
     parameter: str
     rule: Rule
-    parts: tuple[tuple[str, tuple[str, ...]], ...]
+    parts: tuple[tuple[str, tuple[str | int, ...]], ...]
 
     @property
     def per_layer(self) -> bool:
@@ -33,7 +33,9 @@ class Entry:
         """Hugging Face name → shape, for layer ``layer`` (from 0; None for what belongs to no layer)."""
         sizes = dimensions(architecture)
         return {
-            name if layer is None else name.replace(LAYER, str(layer)): tuple(sizes[axis] for axis in axes)
+            name if layer is None else name.replace(LAYER, str(layer)): tuple(
+                axis if isinstance(axis, int) else sizes[axis] for axis in axes
+            )
             for name, axes in self.parts
         }
 

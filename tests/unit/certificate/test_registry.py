@@ -15,8 +15,9 @@ from megatron_aligndistil.certificate import formulas
 from megatron_aligndistil.certificate.algorithms import ALGORITHM_CHECKS
 from megatron_aligndistil.certificate.kernels import KERNELS
 from megatron_aligndistil.certificate.models import World, architecture_for
+from megatron_aligndistil.config.base_schema import KernelConfig
 from megatron_aligndistil.config.certify import CertifyConfig
-from megatron_aligndistil.config.schema import KernelConfig, RunConfig
+from megatron_aligndistil.config.schema import RunConfig
 from megatron_aligndistil.parallel.setup import Layout
 
 

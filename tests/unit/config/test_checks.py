@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from megatron_aligndistil.config import checks, key_ranges, layout_rules, rollout_rules, rules
+from megatron_aligndistil.config import checks, key_ranges, layout_rules, peft_rules, rollout_rules, rules
 from megatron_aligndistil.config.compose import load_config, recipe_names
 from megatron_aligndistil.config.schema import RunConfig
 from megatron_aligndistil.errors import ConfigError
@@ -106,6 +106,28 @@ REFUSED = [
     ("dpo", "model.optim.lr=nan", "model.optim.lr=nan: ", "0 or more"),
     ("dpo", "model.optim.lr=inf", "model.optim.lr=inf: ", "0 or more"),
     ("dpo", "model.dpo.beta=0", "model.dpo.beta=0.0: ", "greater than 0"),
+    ("tdpo1", "model.tdpo.beta=0", "model.tdpo.beta=0.0: ", "greater than 0"),
+    ("tdpo2", "model.tdpo.beta=-1", "model.tdpo.beta=-1.0: ", "greater than 0"),
+    ("tdpo2", "model.tdpo.alpha=0", "model.tdpo.alpha=0.0: ", "greater than 0"),
+    ("tdpo1", "model.tdpo.reference_path=nowhere", "model.tdpo.reference_path=nowhere: ", "no such file or folder"),
+    ("tdpo2", "model.data.responses=rejected", "model.data.responses=rejected: ", "tdpo2 takes both responses"),
+    ("simpo", "model.simpo.beta=0", "model.simpo.beta=0.0: ", "greater than 0"),
+    ("simpo", "model.simpo.gamma=-1", "model.simpo.gamma=-1.0: ", "0 or more"),
+    ("simpo", "model.data.responses=both", "model.data.responses=both: ", "simpo takes both responses"),
+    ("ipo", "model.ipo.beta=0", "model.ipo.beta=0.0: ", "greater than 0"),
+    ("ipo", "model.ipo.reference_path=nowhere", "model.ipo.reference_path=nowhere: ", "no such file or folder"),
+    (
+        "ipo",
+        "model.data.batching=packed model.data.pack_length=4095",
+        "model.data.pack_length=4095: ",
+        "raise it to 4096",
+    ),
+    ("kto", "model.kto.beta=0", "model.kto.beta=0.0: ", "greater than 0"),
+    ("kto", "model.kto.desirable_weight=0", "model.kto.desirable_weight=0.0: ", "greater than 0"),
+    ("kto", "model.kto.undesirable_weight=-1", "model.kto.undesirable_weight=-1.0: ", "greater than 0"),
+    ("kto", "model.kto.reference_path=nowhere", "model.kto.reference_path=nowhere: ", "no such file or folder"),
+    ("kto", "model.global_batch_size=1", "model.global_batch_size=1: ", "2 or more"),
+    ("kto", "model.data.responses=both", "model.data.responses=both: ", "remove the key"),
     ("aligndistil", "model.aligndistil.epsilon=0", "model.aligndistil.epsilon=0.0: ", "greater than 0"),
     ("dpo", "model.optim.betas=[0.9]", "model.optim.betas=[0.9]: ", "two numbers"),
     ("dpo", "model.optim.betas=[0.9,1.0]", "model.optim.betas=[0.9, 1.0]: ", "[0, 1)"),
@@ -113,6 +135,7 @@ REFUSED = [
     ("dpo", "model.optim.sched.warmup_steps=9", "model.optim.sched.warmup_steps=9: ", "warmup_ratio=null"),
     ("dpo", "model.optim.sched.warmup_ratio=1.5", "model.optim.sched.warmup_ratio=1.5: ", "[0, 1)"),
     ("dpo", "model.megatron_amp_O2=false", "model.megatron_amp_O2=false: ", "true"),
+    ("dpo", "trainer.precision=64", "trainer.gradient_clip_val=1.0: ", "set it to 0"),
     ("dpo", "model.activations_checkpoint_granularity=full", "model.activations_checkpoint_gran", "method=uniform"),
     (
         "dpo",
@@ -184,6 +207,8 @@ REFUSED = [
     ("dpo", "exp_manager.checkpoint_callback_params.save_top_k=0", "exp_manager.checkpoint_callback_params.sa", "-1"),
     ("dpo", "exp_manager.wandb_logger_kwargs.project=p", "exp_manager.wandb_logger_kwargs.project=p: ", "create_wandb"),
     ("dpo", "model.dpo.label_smoothing=0.5", "model.dpo.label_smoothing=0.5: ", "[0, 0.5)"),
+    ("cdpo", "model.dpo.label_smoothing=0.5", "model.dpo.label_smoothing=0.5: ", "(0, 0.5) for cdpo"),
+    ("cdpo", "model.dpo.label_smoothing=0", "model.dpo.label_smoothing=0.0: ", "--config-name dpo"),
     (
         "aligndistil",
         "model.aligndistil.reverse_dpo_path=null",
@@ -274,6 +299,7 @@ def test_what_this_machine_can_run(paths):
     [
         (rules, {*rules.CHOICE_AND_RANGE_RULES, *rules.RULES}),
         (layout_rules, set(layout_rules.LAYOUT_RULES)),
+        (peft_rules, set(peft_rules.PEFT_RULES)),
         (rollout_rules, set(rollout_rules.ROLLOUT_RULES)),
         (checks, {*checks.RUNTIME_RULES, *checks.MODEL_RULES}),
     ],

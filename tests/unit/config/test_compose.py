@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from megatron_aligndistil.config import compose
-from megatron_aligndistil.config.schema import AlignDistilRunConfig, DPORunConfig, SFTRunConfig
+from megatron_aligndistil.config.schema import (
+    AlignDistilRunConfig,
+    DPORunConfig,
+    IPORunConfig,
+    KTORunConfig,
+    SFTRunConfig,
+    SimPORunConfig,
+    TDPO1RunConfig,
+    TDPO2RunConfig,
+)
 from megatron_aligndistil.errors import ConfigError
 
 MODEL = "model.restore_from_path=somewhere"
@@ -28,6 +37,12 @@ def complaint(overrides: list[str], name: str = "dpo", folder: Path | None = Non
         ("sft", SFTRunConfig, []),
         ("dpo", DPORunConfig, []),
         ("reverse_dpo", DPORunConfig, []),
+        ("cdpo", DPORunConfig, []),
+        ("tdpo1", TDPO1RunConfig, []),
+        ("tdpo2", TDPO2RunConfig, []),
+        ("simpo", SimPORunConfig, []),
+        ("ipo", IPORunConfig, []),
+        ("kto", KTORunConfig, []),
         ("aligndistil", AlignDistilRunConfig, ["model.aligndistil.dpo_path=d", "model.aligndistil.reverse_dpo_path=r"]),
     ],
 )
@@ -54,6 +69,42 @@ def test_published_settings():
     section = ours.model.aligndistil
     # The authors' off-policy weight is 10 x sum |pi_d - pi_r|, twice the total variation distance.
     assert section.alpha * section.tvd_scale == 10 * 2
+    tdpo2, simpo = compose.load_config("tdpo2", [MODEL]), compose.load_config("simpo", [MODEL])
+    assert isinstance(tdpo2, TDPO2RunConfig) and isinstance(simpo, SimPORunConfig)
+    assert (tdpo2.model.tdpo.beta, tdpo2.model.tdpo.alpha) == (0.1, 0.5)
+    assert (simpo.model.simpo.beta, simpo.model.simpo.gamma) == (2.0, 1.0)
+
+
+def test_the_folder_above_is_searched_last(tmp_path):
+    """A family of models has its settings once: above the folders of its models."""
+    own = tmp_path / "small"
+    own.mkdir()
+    (tmp_path / "family_dpo.yaml").write_text("defaults: [dpo, shared, model, _self_]\nmodel: {dpo: {beta: 0.3}}\n")
+    (tmp_path / "shared.yaml").write_text("model: {optim: {lr: 3e-6}, micro_batch_size: 2}\n")
+    (own / "model.yaml").write_text("model: {micro_batch_size: 4}\n")
+    config = compose.load_config("family_dpo", [MODEL], own)
+    assert isinstance(config, DPORunConfig)
+    assert (config.model.dpo.beta, config.model.optim.lr, config.model.micro_batch_size) == (0.3, 3e-6, 4)
+
+    (own / "family_dpo.yaml").write_text("defaults: [dpo, shared, _self_]\n")  # the nearer one
+    assert compose.load_config("family_dpo", [MODEL], own).model.micro_batch_size == 2
+    (tmp_path / "dpo.yaml").write_text("defaults: [dpo_schema, _self_]\nalgorithm: dpo\nmodel: {dpo: {beta: 9.0}}\n")
+    for name in ("family_dpo", "dpo"):  # what lies above by chance doesn't stand in for a recipe
+        inherited = compose.load_config(name, [MODEL, "exp_manager.name=x"], own)
+        assert isinstance(inherited, DPORunConfig)
+        assert inherited.model.dpo.beta == 0.1
+
+
+def test_mistakes_in_the_folder_above_name_their_file(tmp_path):
+    own = tmp_path / "small"
+    own.mkdir()
+    (tmp_path / "family.yaml").write_text("defaults: [dpo, shared, _self_]\n")
+    assert "shared" in complaint([MODEL], "family", own)
+    assert "in the folder above" in complaint([MODEL], "family", own)
+    (tmp_path / "shared.yaml").write_text("model: {dpo: {bta: 0.3}}\n")
+    assert complaint([MODEL], "family", own) == "shared.yaml: model.dpo.bta: no such key; did you mean model.dpo.beta?"
+    assert complaint([MODEL], "famly", own).startswith("--config-name famly: no such config; there are ")
+    assert ", family" in complaint([MODEL], "famly", own)
 
 
 def test_a_folder_of_ones_own_inherits_from_recipes(tmp_path):
@@ -112,6 +163,7 @@ def test_interpolations_are_resolved(monkeypatch):
         ("model.encoder_seq_len=9", "model.encoder_seq_len=9: no such key; did you mean model.encoder_seq_length?"),
         ("foo.bar.baz=1", "foo.bar.baz=1: no such key; --cfg job prints all keys"),
         ("model.aligndistil.alpha=1", "model.aligndistil.alpha=1: a key of aligndistil, not of this run; use"),
+        ("model.tdpo.alpha=1", "model.tdpo.alpha=1: a key of tdpo2, not of this run; use --config-name tdpo2"),
         ("exp_manager.wandb_logger_kwargs.tag=x", "write +exp_manager.wandb_logger_kwargs.tag=x to add it"),
         ("trainer.devices=two", "trainer.devices=two: wrong type; expected an integer"),
         ("trainer.devices=2.5", "trainer.devices=2.5: wrong type; expected an integer"),
@@ -125,7 +177,7 @@ def test_interpolations_are_resolved(monkeypatch):
         ("~trainer.devices", "~trainer.devices: keys cannot be removed"),
         ("hydra.run.dir=x", "hydra.run.dir=x: Hydra's own settings have no effect here"),
         ("algorithm=sft", "algorithm=sft: dpo has another schema; use --config-name sft"),
-        ("algorithm=ppp", "algorithm=ppp is not one of sft, dpo, reverse_dpo, aligndistil, reward_model, ppo"),
+        ("algorithm=ppp", "algorithm=ppp is not one of sft, dpo, reverse_dpo, "),
         ("exp_manager.name=${oc.env:UNSET_VARIABLE_X}", "Environment variable 'UNSET_VARIABLE_X' not found"),
     ],
 )
@@ -139,8 +191,8 @@ def test_a_wrong_override_gets_one_line(override, expected):
         ("defaults: [dpo, _self_]\nmodel: {lr: 1}", "mine.yaml: model.lr: no such key; did you mean model.optim.lr?"),
         ("defaults: [dpo, _self_]\ntrainer: {devices: x}", "mine.yaml: trainer.devices=x: wrong type; expected an int"),
         ("defaults: [dpo, _self_]\nmodel: {dpo: {beta: 1", "mine.yaml:2: not valid YAML"),
-        ("defaults: [dppo, _self_]", "'defaults' may name aligndistil, aligndistil_on_policy, dpo, ppo, reverse"),
-        ("trainer: {devices: 1}", "mine.yaml: algorithm=None is not one of sft, dpo, reverse_dpo, aligndistil"),
+        ("defaults: [dppo, _self_]", "'defaults' may name aligndistil, aligndistil_on_policy, "),
+        ("trainer: {devices: 1}", "mine.yaml: algorithm=None is not one of sft, dpo, reverse_dpo, "),
         ("[1, 2]", "mine.yaml: "),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megatron_aligndistil.config.schema import DataConfig, DataPrefixConfig
+from megatron_aligndistil.config.base_schema import DataConfig, DataPrefixConfig
 from megatron_aligndistil.data.tokenizer import load_tokenizer
 
 WriteJsonl = Callable[..., str]

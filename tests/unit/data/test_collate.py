@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_aligndistil.config.schema import DataConfig, ModelConfig
+from megatron_aligndistil.config.base_schema import DataConfig, ModelConfig
 from megatron_aligndistil.data.collate import MicroBatching, micro_batches
 from megatron_aligndistil.data.packing import deal, first_fit_decreasing, split_to_multiple
 from megatron_aligndistil.errors import ConfigError

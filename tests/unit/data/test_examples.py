@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from megatron_aligndistil.config.schema import DataConfig
+from megatron_aligndistil.config.base_schema import DataConfig
 from megatron_aligndistil.data.chat import ChatFormat
 from megatron_aligndistil.data.collate import MicroBatching, micro_batches
 from megatron_aligndistil.data.examples import Coordination, load_examples
@@ -92,6 +92,32 @@ def test_both_responses_as_demonstrations(
     examples, summary = load_examples(config, "train", "demonstration", qwen, 2048)
     assert len(examples) == 12 and summary.rows == 6 and summary.kept == 12
     assert all(len(example.sequences) == 1 for example in examples)
+
+
+def test_labels_come_with_their_responses(
+    qwen: PreTrainedTokenizerBase, write_jsonl: WriteJsonl, data_config: Make
+) -> None:
+    """Dropped rows in between don't shift them, and they are part of the fingerprint."""
+    rows = [{"prompt": f"Question {i}?", "completion": f"answer {i}", "label": i % 3 == 0} for i in range(6)]
+    rows[2]["prompt"] = "long " * 80
+    config = data_config(write_jsonl(*rows, ROWS[0]), max_prompt_length=60)
+    examples, summary = load_examples(config, "train", "unpaired", qwen, 2048)
+    assert (summary.rows, summary.kept) == (7, 7)
+    seen = [(qwen.decode(e.sequences[0].tokens[e.sequences[0].prompt_length :]), e.desirable) for e in examples]
+    expected = [(row["completion"], row["label"]) for row in rows if row is not rows[2]]
+    expected += [(ROWS[0]["chosen"][1]["content"], True), (ROWS[0]["rejected"][1]["content"], False)]
+    assert seen == [(f"{text}<|im_end|>", label) for text, label in expected]
+
+    turned = [{**row, "label": not row["label"]} for row in rows]
+    other, _ = load_examples(
+        data_config(write_jsonl(*turned, ROWS[0], name="other.jsonl"), max_prompt_length=60),
+        "train",
+        "unpaired",
+        qwen,
+        2048,
+    )
+    assert other.fingerprint != examples.fingerprint
+    assert [e.desirable for e in other][:5] == [not e.desirable for e in examples][:5]
 
 
 def test_the_second_load_does_not_tokenize(

@@ -149,6 +149,44 @@ def test_a_preference_needs_pairs(write_jsonl: WriteJsonl) -> None:
         list(read_records(path, "preference"))
 
 
+def test_labelled_responses(write_jsonl: WriteJsonl) -> None:
+    """A pair gives a desirable and an undesirable one; rows of both schemas may stand in one file."""
+    path = write_jsonl(
+        {"prompt": "Why?", "completion": "So.", "label": True},
+        {"messages": [ask("Why?"), answer("Dunno.")], "label": False},
+        {**pair_row("Why?", "a", "b"), "label": None},
+        {"prompt": [ask("Why?")], "completion": [answer("c")], "label": False},
+    )
+    found = [(r.origin, r.responses, r.desirable) for r in read_records(path, "unpaired")]
+    assert found == [
+        (f"{path}:1", ("So.",), True),
+        (f"{path}:2", ("Dunno.",), False),
+        (f"{path}:3", ("a",), True),
+        (f"{path}:3", ("b",), False),
+        (f"{path}:4", ("c",), False),
+    ]
+    (plain, *_) = read_records(path, "demonstration")
+    assert plain.desirable is None
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, "field label is missing, its fields are prompt, completion; add true (desirable) or false"),
+        ({"label": None}, "field label is missing"),
+        ({"label": 1}, "label is 1; it must be true (desirable) or false"),
+        ({"label": "true"}, "label is 'true'; it must be true (desirable) or false"),
+    ],
+)
+def test_labels_that_are_none(more: dict[str, Any], said: str, write_jsonl: WriteJsonl) -> None:
+    row = {"prompt": "Why?", "completion": "So."}
+    path = write_jsonl({**row, "label": False}, {**row, **more})
+    with pytest.raises(DataError) as caught:
+        list(read_records(path, "unpaired"))
+    message = str(caught.value)
+    assert message.startswith(f"{path}:2: {said}") and "\n" not in message
+
+
 def test_unknown_responses(write_jsonl: WriteJsonl) -> None:
     with pytest.raises(UserError, match=r"model\.data\.responses='best' is unknown"):
         list(read_records(write_jsonl(pair_row("Why?", "a", "b")), "demonstration", "best"))

@@ -102,7 +102,9 @@ def test_padding_is_to_the_left() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer(train_pairs(40, seed=0))
+    return train_tokenizer(
+        [text for pair in train_pairs(40, seed=0) for text in (pair.question, pair.chosen, pair.rejected)]
+    )
 
 
 def test_answers_are_the_most_likely_tokens_whatever_the_batch(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
 from megatron_aligndistil.errors import DataError
 from megatron_aligndistil.report import quickstart as quickstart_report
-from megatron_aligndistil.report.chart import HEIGHT, WIDTH, Axes, line_chart
 from megatron_aligndistil.report.quickstart import CrossCheck, Example, ModelRow, QuickstartResult, Stage
 from megatron_aligndistil.report.run_metrics import read_metrics, training_curve, validations
 from megatron_aligndistil.report.table import markdown_table
@@ -81,32 +79,6 @@ def test_the_report_shows_rows_answers_checks_and_commands() -> None:
     assert "| initial | expected_reward |  0.1234 |         0.1235 |" in text
     assert "- DPO: 80 s\n\n  ```sh\n  aligndistil train --config-name dpo\n  ```" in text
     assert "![Loss](loss.svg)" in text
-
-
-def test_a_chart_is_xml_whose_lines_span_the_ranges() -> None:
-    chart = line_chart({"a & b": [(1, 0.5), (2, 1.5), (3, -0.5)], "c": [(1, 0.0), (3, 1.0)]}, Axes("T", "x", "y"))
-    root = ElementTree.fromstring(chart)
-    lines = [
-        [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
-        for line in root.iter(f"{SVG}polyline")
-    ]
-    assert [len(line) for line in lines] == [3, 2]
-    x, y = zip(*lines[0], strict=True)
-    assert x[0] < x[1] < x[2] and x[1] == pytest.approx((x[0] + x[2]) / 2, abs=0.1)
-    assert y[1] < y[0] < y[2] and y[0] == pytest.approx((y[1] + y[2]) / 2, abs=0.1)  # SVG's y grows downwards
-    assert all(0 <= px <= WIDTH and 0 <= py <= HEIGHT for line in lines for px, py in line)
-    assert "a & b" in {text.text for text in root.iter(f"{SVG}text")}
-
-
-def test_a_constant_series_is_drawn_in_the_middle() -> None:
-    root = ElementTree.fromstring(line_chart({"a": [(1, 2.0)]}, Axes("T", "x", "y")))
-    assert next(root.iter(f"{SVG}polyline")).attrib["points"] == "344.0,178.0"
-
-
-@pytest.mark.parametrize("points", [[], [(0.0, math.nan)]])
-def test_a_chart_without_finite_points_is_refused(points: list[tuple[float, float]]) -> None:
-    with pytest.raises(ValueError, match="chart 'T'"):
-        line_chart({"a": points}, Axes("T", "x", "y"))
 
 
 def test_metrics_are_read_by_phase(tmp_path: Path) -> None:

@@ -1,0 +1,201 @@
+"""Answers of several sharded models to the same prompts, and what a reward says of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from megatron_aligndistil.algorithms.rewards import Reward, reward_of
+from megatron_aligndistil.algorithms.statistics import hidden_states
+from megatron_aligndistil.config.analysis_schema import AnswerRewardConfig, SamplingConfig
+from megatron_aligndistil.config.rollout_schema import RewardConfig, RolloutConfig
+from megatron_aligndistil.config.schema import PPOModelConfig
+from megatron_aligndistil.data.chat import stop_token_ids
+from megatron_aligndistil.data.records import read_records
+from megatron_aligndistil.errors import RolloutError
+from megatron_aligndistil.evaluation.answers import Answers
+from megatron_aligndistil.evaluation.passes import Listed, kept_of
+from megatron_aligndistil.kernels.settings import MIB
+from megatron_aligndistil.launch.analysis_bench import NUMBERS_WINDOW, Bench, Named, sampled
+from megatron_aligndistil.launch.rollouts import engine_of
+from megatron_aligndistil.models.lora import active
+from megatron_aligndistil.parallel import collectives, groups
+from megatron_aligndistil.rollout.engine import Request, Sampling, seed_of
+from megatron_aligndistil.rollout.engine_group import EngineGroup, Stream
+from megatron_aligndistil.types import Example, Message, Sample
+from megatron_aligndistil.types import Sequence as TokenSequence
+
+logger = logging.getLogger(__name__)
+
+_RUNS_REWARD, REWARD = "model.reward", "analysis.reward"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The prompts as token ids, and as texts: the message, or of several each under its role."""
+
+    examples: Sequence[Example]
+    texts: Sequence[str]
+
+    @classmethod
+    def of(cls, bench: Bench, names: Sequence[str], limit: int, seed: int) -> Asked:
+        """``limit`` prompts of the data sets ``names``, drawn with the seed."""
+        loaded = bench.examples(names, "prompt")
+        examples = loaded[sampled(len(loaded), limit, seed)]
+        wanted = {example.origin for example in examples}
+        texts = {
+            record.origin: _text(record.prompt)
+            for name in names
+            for record in read_records(name, "prompt")
+            if record.origin in wanted
+        }
+        return cls(examples, [texts[example.origin] for example in examples])
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A model's answers: what was sampled, the whole sequences, and the texts."""
+
+    samples: Sequence[Sample]
+    sequences: Sequence[Example]
+    texts: Sequence[str]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each answer, its end token included."""
+        return np.array([len(sample.tokens) for sample in self.samples], np.float64)
+
+
+def _text(prompt: Sequence[Message]) -> str:
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def draw(bench: Bench, named: Named, asked: Sequence[Example], sampling: SamplingConfig, folder: Path) -> Drawn:
+    """A model's answers to the prompts; an engine gets its weights from the sharded model.
+
+    The seeds are those of the prompts' places, the same for every model. A vLLM server starts from ``folder``.
+
+    Raises:
+        RolloutError: the engine doesn't start, or a prompt leaves too few positions.
+    """
+    model = bench.run.model
+    # Weights are gathered from the device, where a model that waits in host memory isn't.
+    here = replace(model, restore_from_path=named.path, frozen=replace(model.frozen, offload=False))
+    own = Bench(replace(bench.run, model=here), bench.settings)
+    frozen = own.model(named, hidden_states)
+    tokenizer = bench.tokenizer()
+    shared = {name: value for name, value in vars(sampling).items()}
+    engine, dtype = engine_of(own.run, RolloutConfig(**shared), frozen.chunks[0], folder)
+    group = EngineGroup(engine, frozen.chunks, Stream(dtype, sampling.sync_bucket_mib * MIB))
+    requests = [
+        Request(example.sequences[0].tokens, seed_of(model.seed, "analysis", place))
+        for place, example in enumerate(asked)
+    ]
+    how = Sampling(
+        sampling.max_new_tokens,
+        sampling.temperature,
+        sampling.top_p,
+        sampling.top_k,
+        tuple(stop_token_ids(tokenizer)),
+    )
+    logger.info("%s: %d prompts", named.key, len(requests))
+    try:
+        group.wake()
+        with active(frozen.chunks, frozen.adapter):
+            group.sync()
+        samples = group.generate(requests, how)
+    finally:
+        group.close()
+    sequences = [
+        Example(f"{request.seed}", (_whole(request, sample),))
+        for request, sample in zip(requests, samples, strict=True)
+    ]
+    texts = [str(tokenizer.decode(sample.tokens.tolist(), skip_special_tokens=True)).strip() for sample in samples]
+    return Drawn(samples, sequences, texts)
+
+
+def _whole(request: Request, sample: Sample) -> TokenSequence:
+    return TokenSequence(np.concatenate([request.prompt, sample.tokens]).astype(np.int32), len(request.prompt))
+
+
+def reward_models(config: AnswerRewardConfig, baseline: str) -> list[Named]:
+    """The models that the reward takes."""
+    if config.source is None:
+        return []
+    roles = _reward(config, PPOModelConfig(restore_from_path=baseline)).roles
+    return [Named(role.config_key.replace(_RUNS_REWARD, REWARD), role.path, role.scalar) for role in roles.values()]
+
+
+def scores(bench: Bench, config: AnswerRewardConfig, drawn: Mapping[str, Drawn]) -> dict[str, np.ndarray]:
+    """Model → the rewards of its answers [P], on every rank; empty where there is no reward.
+
+    Raises:
+        RolloutError: the reward function fails.
+    """
+    if config.source is None:
+        return {}
+    model = bench.run.model
+    reward = _reward(config, PPOModelConfig(restore_from_path=model.restore_from_path, kernel=model.kernel))
+    answers = [(name, i) for name, own in drawn.items() for i in range(len(own.sequences))]
+    listed = Listed([drawn[name].sequences[i] for name, i in answers])
+    statistics: list[dict[str, np.ndarray]] = [{} for _ in answers]
+    for name, role in reward.roles.items():
+        named = Named(role.config_key.replace(_RUNS_REWARD, REWARD), role.path, role.scalar)
+        frozen = bench.model(named, role.keep)
+        found = bench.passes(NUMBERS_WINDOW).run({name: frozen}, role.keep, kept_of(name), listed)
+        for own, kept in zip(statistics, found, strict=True):
+            own.update(kept)
+        del frozen
+    if reward.function is not None:
+        for own, score in zip(statistics, _of_texts(bench, reward, drawn), strict=True):
+            own["score"] = np.array([score])
+    values = iter([reward.score(own) for own in statistics])
+    return {name: np.array([next(values) for _ in own.sequences], np.float64) for name, own in drawn.items()}
+
+
+def _of_texts(bench: Bench, reward: Reward, drawn: Mapping[str, Drawn]) -> np.ndarray:
+    """The reward function's scores of all answers, asked once on the first rank: it need not answer twice alike."""
+    found = None
+    if groups.world().rank == 0:
+        tokenizer = bench.tokenizer()
+        sequences = [(name, example.sequences[0]) for name, own in drawn.items() for example in own.sequences]
+        prompts = [str(tokenizer.decode(own.tokens[: own.prompt_length].tolist())) for _, own in sequences]
+        texts = [
+            str(tokenizer.decode(own.tokens[own.prompt_length :].tolist(), skip_special_tokens=True))
+            for _, own in sequences
+        ]
+        places = [f"{name}, answer {i + 1}" for name, own in drawn.items() for i in range(len(own.sequences))]
+        assert reward.function is not None
+        try:
+            found = reward.function.scores(prompts, texts, places)
+        except RolloutError as error:
+            raise RolloutError(str(error).replace(_RUNS_REWARD, REWARD)) from error
+    found = collectives.from_first_rank(found)
+    assert found is not None
+    return found
+
+
+def _reward(config: AnswerRewardConfig, model: PPOModelConfig) -> Reward:
+    try:
+        return reward_of(replace(model, reward=RewardConfig(**vars(config))))
+    except RolloutError as error:
+        raise RolloutError(str(error).replace(_RUNS_REWARD, REWARD)) from error
+
+
+def answers_of(drawn: Mapping[str, Drawn], scored: Mapping[str, np.ndarray]) -> dict[str, Answers]:
+    """Lengths and rewards, for the comparison."""
+    return {name: Answers(own.lengths, scored.get(name)) for name, own in drawn.items()}
+
+
+def sampling_note(config: SamplingConfig, prompts: int, seed: int) -> str:
+    """How the answers were drawn."""
+    return (
+        f"{prompts} prompts; answers by {config.engine}, temperature {config.temperature:g}, top-p {config.top_p:g}, "
+        f"top-k {config.top_k}, at most {config.max_new_tokens} tokens, seed {seed}."
+    )
