@@ -101,7 +101,7 @@ def test_json_alone_and_a_failure_from_ranks_of_our_own(tmp_path: Path, monkeypa
     assert all(set(finding) == KEYS for finding in findings)
     assert all(finding["layout"].startswith("tp2-pp1-dp1-sp") for finding in findings)
     assert names(findings) == {*KERNELS, *ALGORITHM_CHECKS}
-    assert names([finding for finding in findings if not finding["passed"]]) == {"sft"}
+    assert names([finding for finding in findings if not finding["passed"]]) == {"sft", "sft lora"}
 
 
 def test_a_wrong_merger_fails_on_every_rank_of_a_launcher() -> None:

@@ -164,19 +164,19 @@ class OneBatch:
 
 
 def _config(problem: StepProblem) -> Any:
-    from megatron_aligndistil.config import schema
+    from megatron_aligndistil.config import base_schema, schema
 
     policy, dpo, reverse_dpo = problem.models
     return schema.AlignDistilRunConfig(
         algorithm="aligndistil",
-        trainer=schema.TrainerConfig(precision="bf16-mixed" if problem.bf16 else "32", gradient_clip_val=CLIP),
+        trainer=base_schema.TrainerConfig(precision="bf16-mixed" if problem.bf16 else "32", gradient_clip_val=CLIP),
         model=schema.AlignDistilModelConfig(
             restore_from_path=policy,
             micro_batch_size=problem.micro_batch,
             global_batch_size=problem.rows,
             encoder_seq_length=problem.length,
-            optim=schema.OptimConfig(
-                lr=LEARNING_RATE, betas=list(BETAS), eps=ADAM_EPS, sched=schema.SchedConfig(name="WarmupPolicy")
+            optim=base_schema.OptimConfig(
+                lr=LEARNING_RATE, betas=list(BETAS), eps=ADAM_EPS, sched=base_schema.SchedConfig(name="WarmupPolicy")
             ),
             aligndistil=schema.AlignDistilConfig(
                 alpha=ALPHA, epsilon=EPSILON, beta0=BETA0, dpo_path=dpo, reverse_dpo_path=reverse_dpo
