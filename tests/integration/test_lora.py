@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,7 @@ def test_ppo_trains_adapters_of_policy_and_critic_and_resumes(setting, teachers)
         *(f"model.reward.{name}_path={path}" for name, path in teachers.items()),
         "model.rollout.engine=hf",
         "model.rollout.max_new_tokens=12",
+        "model.rollout.prompts_per_rollout=16",
         "exp_manager.resume_if_exists=true",
     )
     whole, parts = setting.folder / "ppo-whole", setting.folder / "ppo-parts"
@@ -173,6 +175,8 @@ def test_ppo_trains_adapters_of_policy_and_critic_and_resumes(setting, teachers)
     finished = setting.run("ppo", parts, *overrides, "trainer.max_steps=4")
     assert "resumed from" in finished.errors
     expected, found = records(whole), records(parts)
-    for name in ("loss", "critic_loss", "grad_norm", "critic_grad_norm", "rollout/score"):
-        assert [record[name] for record in found] == [record[name] for record in expected], name
+    compared = {name for name in expected[0] if not re.search("second|gib|rollout/|epoch", name)}
+    assert compared >= {"loss", "grad_norm", "critic_loss", "critic_grad_norm"}
+    for name in compared:
+        assert [record.get(name) for record in found] == [record.get(name) for record in expected], name
     assert expected[-1]["critic_loss"] != expected[0]["critic_loss"]
