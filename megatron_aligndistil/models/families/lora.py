@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_aligndistil.models.families.rules import QKV, REPLICATED, ROW, Part, Rule, Shape, Slot
+from megatron_aligndistil.models.families.rules import QKV, REPLICATED, ROW, Rule, Shape, share
 from megatron_aligndistil.models.families.table import DECODER, LAYER, Entry, Table
 
 # NeMo's names of the projections, and ours.
@@ -26,18 +26,6 @@ DOWN, UP = "lora_a", "lora_b"  # our parameters' names
 PEFT_DOWN, PEFT_UP = "lora_A.weight", "lora_B.weight"
 
 
-def _whole(part: Part) -> Tensor:
-    return part.take(0, 0, part.shape[0])
-
-
-def _split_pair(parts: Sequence[Part], slot: Slot) -> Tensor:
-    def share(part: Part) -> Tensor:
-        width = part.shape[0] // slot.size
-        return part.take(0, slot.rank * width, (slot.rank + 1) * width)
-
-    return torch.stack([share(part) for part in parts])
-
-
 def _merge_pair(shards: Sequence[Tensor], shapes: Sequence[Shape], query_groups: int) -> list[Tensor]:
     return [torch.cat([shard[index] for shard in shards]) for index in range(len(shapes))]
 
@@ -45,12 +33,12 @@ def _merge_pair(shards: Sequence[Tensor], shapes: Sequence[Shape], query_groups:
 # The A's of a fused projection, one after another: [parts, rank, in].
 STACKED = Rule(
     "stacked",
-    split=lambda parts, slot: torch.stack([_whole(part) for part in parts]),
+    split=lambda parts, slot: torch.stack([part.take(0, 0, part.shape[0]) for part in parts]),
     merge=lambda shards, shapes, groups: list(shards[0].unbind()),
     sharded=False,
 )
 # The B's of gate and up projection: [2, out / TP, rank].
-PAIR = Rule("pair", split=_split_pair, merge=_merge_pair)
+PAIR = Rule("pair", split=lambda parts, slot: torch.stack([share(part, slot, 0) for part in parts]), merge=_merge_pair)
 
 _UP_RULES = {"qkv": QKV, "gated": PAIR, "row": REPLICATED}
 

@@ -64,7 +64,8 @@ class Rule:
     sharded: bool = True
 
 
-def _share(part: Part, slot: Slot, dimension: int) -> Tensor:
+def share(part: Part, slot: Slot, dimension: int) -> Tensor:
+    """A rank's equal share of a tensor along ``dimension``."""
     width = part.shape[dimension] // slot.size
     return part.take(dimension, slot.rank * width, (slot.rank + 1) * width)
 
@@ -78,7 +79,7 @@ def _split_vocab(parts: Sequence[Part], slot: Slot) -> Tensor:
 
 def _split_qkv(parts: Sequence[Part], slot: Slot) -> Tensor:
     groups = slot.query_groups // slot.size
-    shares = [_share(part, slot, 0) for part in parts]
+    shares = [share(part, slot, 0) for part in parts]
     return torch.cat([share.unflatten(0, (groups, -1)) for share in shares], dim=1).flatten(0, 1)
 
 
@@ -103,7 +104,7 @@ REPLICATED = Rule(
 # Input features over ranks.
 ROW = Rule(
     "row",
-    split=lambda parts, slot: _share(parts[0], slot, 1),
+    split=lambda parts, slot: share(parts[0], slot, 1),
     merge=lambda shards, shapes, groups: [torch.cat(list(shards), dim=1)],
 )
 # Vocabulary entries over ranks, zero rows behind the last one.
@@ -117,6 +118,6 @@ QKV = Rule("qkv", split=_split_qkv, merge=_merge_qkv)
 # Gate and up projection: each rank holds its rows of the gate above its rows of the up projection.
 GATED = Rule(
     "gated",
-    split=lambda parts, slot: torch.cat([_share(part, slot, 0) for part in parts]),
+    split=lambda parts, slot: torch.cat([share(part, slot, 0) for part in parts]),
     merge=_merge_gated,
 )
