@@ -20,18 +20,19 @@ from megatron_aligndistil.checkpoint.adapter_config import SavedAdapter
 from megatron_aligndistil.checkpoint.adapters import export_peft
 from megatron_aligndistil.checkpoint.hf_export import MAX_SHARD_BYTES, export_hf
 from megatron_aligndistil.checkpoint.index import stored_dtypes
+from megatron_aligndistil.checkpoint.integrity import verify_model
 from megatron_aligndistil.checkpoint.locate import (
     FORMAT,
     METADATA,
     STATE,
     WEIGHTS,
-    Kind,
     kind_of,
     metadata_source,
     model_path,
     read_architecture,
     saved_adapter,
 )
+from megatron_aligndistil.checkpoint.manifest import leave_records, write_manifest
 from megatron_aligndistil.checkpoint.metadata import copy_metadata
 from megatron_aligndistil.checkpoint.receipt import (
     FILE,
@@ -51,7 +52,7 @@ from megatron_aligndistil.models.architecture import Architecture
 from megatron_aligndistil.models.gathering import hf_tensors
 from megatron_aligndistil.models.lora import TRAINED
 from megatron_aligndistil.models.policy import HiddenStateModel, ModelSettings, build_chunks
-from megatron_aligndistil.parallel.collectives import from_first_rank
+from megatron_aligndistil.parallel.collectives import barrier, from_first_rank
 from megatron_aligndistil.parallel.setup import Layout, initialize, shutdown
 
 Form = Literal["megatron", "hf", "peft"]
@@ -88,9 +89,10 @@ def convert(request: ConvertRequest) -> Receipt | None:
         ConfigError: the layout doesn't fit the model.
     """
     source = model_path(request.input)
-    kind, saved = kind_of(source), saved_adapter(source)
-    form = request.to or ("hf" if kind == "megatron" or saved else "megatron")
-    _check_form(source, kind, saved, form)
+    saved = saved_adapter(source)
+    form = _form(request.to, source, saved)
+    if request.verify:
+        verify_model(source)
     architecture = read_architecture(source)
     check_layout(architecture, request.layout)
     dtype = _DTYPES[request.dtype] if request.dtype in _DTYPES else _stored_dtype(source)
@@ -153,13 +155,17 @@ def _other_side(
     return theirs, written, tuple(name for name in written if written[name] != expected[name])
 
 
-def _check_form(source: Path, kind: Kind, saved: SavedAdapter | None, form: Form) -> None:
+def _form(asked: Form | None, source: Path, saved: SavedAdapter | None) -> Form:
+    """What to write: what is asked for, if that can be, or else the other form than the source's."""
+    kind = kind_of(source)
+    form = asked or ("hf" if kind == "megatron" or saved else "megatron")
     if saved is None and form == "peft":
         raise ConfigError(f"{source}: a whole model, not an adapter; use --to hf or megatron")
     if saved is not None and form == "megatron":
         raise ConfigError(f"{source}: an adapter; merge it with --to hf, and convert that")
     if kind == form:
         raise ConfigError(f"{source}: has that form already, and it suits every layout; use --to hf")
+    return form
 
 
 def check_layout(architecture: Architecture, layout: Layout) -> None:
@@ -212,11 +218,14 @@ def _write_peft(chunks: Sequence[HiddenStateModel], saved: SavedAdapter, output:
 def _write_megatron(chunks: Sequence[HiddenStateModel], metadata: Path, output: Path, dtype: torch.dtype) -> None:
     with staged_folder(output) as staging:
         save_weights(chunks, staging)
+        leave_records(staging, WEIGHTS, dist.get_rank())
+        barrier()
         failure = None
         if dist.get_rank() == 0:
             try:
                 copy_metadata(metadata, staging / METADATA, dtype, chunks[0].architecture.scalar_head)
                 (staging / STATE).write_text(json.dumps({"format": FORMAT, "step": 0}) + "\n")
+                write_manifest(staging)
             except OSError as error:
                 failure = f"{output}: cannot write: {error.strerror or error}"
         if failure := from_first_rank(failure):
@@ -278,7 +287,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("output", type=Path, help="folder to write; it must not hold anything yet")
     parser.add_argument("--to", choices=("hf", "megatron", "peft"), help="form of the output (default: the other one)")
     parser.add_argument("--dtype", choices=(*_DTYPES, "keep"), default="keep", help="of the output's weights")
-    parser.add_argument("--no-verify", action="store_true", help="skip the comparison with transformers")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="skip the input's hashes, and the comparison with transformers"
+    )
     parser.add_argument("--max-shard-gib", type=float, default=MAX_SHARD_BYTES / 2**30, help="of a safetensors file")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1, help="under torchrun")
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, help="under torchrun")

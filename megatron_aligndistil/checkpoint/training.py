@@ -16,43 +16,43 @@ import queue
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from safetensors import SafetensorError, safe_open
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from safetensors.numpy import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_aligndistil.checkpoint import rng
 from megatron_aligndistil.checkpoint.locate import CHECKPOINTS, FORMAT, METADATA, STATE, WEIGHTS, read_state
+from megatron_aligndistil.checkpoint.manifest import leave_records, write_manifest
 from megatron_aligndistil.checkpoint.metadata import copy_metadata
-from megatron_aligndistil.checkpoint.weights import load_distributed, load_in_place, model_state, reason
+from megatron_aligndistil.checkpoint.weights import model_state, reason
 from megatron_aligndistil.config.base_schema import CheckpointCallbackConfig
-from megatron_aligndistil.errors import CheckpointError
+from megatron_aligndistil.errors import CheckpointError, ConfigError
 from megatron_aligndistil.parallel import collectives
-from megatron_aligndistil.parallel.lifetime import die_with
+from megatron_aligndistil.parallel.lifetime import outlive_signals
 from megatron_aligndistil.trainer.hooks import Hook, Metrics
 from megatron_aligndistil.trainer.loop import Trainer
 from megatron_aligndistil.trainer.objective import POLICY, Learner
-from megatron_aligndistil.trainer.source import BatchSource, SourceState
 
 logger = logging.getLogger(__name__)
 
+_UNFINISHED = ".step_"  # a killed run's leftovers, which the next one removes
+_METADATA_ONCE = f"{_UNFINISHED}metadata"
 SOURCE = "rollout.safetensors"  # what the source of batches keeps
 
 # Optimizer state as one tensor a parameter, whatever ranks it was sharded over.
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+# What torch's writer says of a full disk, by a RuntimeError like any other.
+_TORCH_CANNOT_WRITE = ("iostream error", "inline_container", "PytorchStreamWriter")
 # Newer Megatron-Core would write by another package; its own writer is what the older has.
 _WRITER: dict[str, Any] = (
     {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
@@ -74,7 +74,9 @@ class Provenance:
 
 
 class CheckpointHook(Hook):
-    """Saves every ``every_n_train_steps`` steps and at the end; keeps the newest ``save_top_k``."""
+    """Saves every ``every_n_train_steps`` steps and at the end; keeps the newest ``save_top_k``, or the best by
+    a validation metric and the newest.
+    """
 
     def __init__(
         self, log_dir: Path, metadata: Path, provenance: Provenance, settings: CheckpointCallbackConfig
@@ -86,28 +88,58 @@ class CheckpointHook(Hook):
         self._queue = AsyncCallsQueue()
         self._manager = _collect_results(settings.async_save)
         self._saved_at = -1
+        self._monitored: tuple[int, float] = (-1, 0.0)  # the step of the last validation, and its metric
 
     def on_start(self, trainer: Trainer) -> None:
         self._saved_at = trainer.step if trainer.step else -1
         if dist.get_rank() == 0:
-            for leftover in self.folder.glob(".step_*"):
+            for leftover in self.folder.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(leftover)
 
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
         with write_errors(self.folder):
             self._queue.maybe_finalize_async_calls(blocking=False)
-        interval = self.settings.every_n_train_steps
-        if interval and trainer.step % interval == 0:
+        if self._is_due(trainer) and not self._waits_for_validation(trainer):
             self._save(trainer)
 
+    def on_validation(self, trainer: Trainer, metrics: Metrics) -> None:
+        monitor = self.settings.monitor
+        if monitor is None:
+            return
+        if monitor not in metrics:
+            raise ConfigError(
+                f"exp_manager.checkpoint_callback_params.monitor={monitor}: validation has no such metric; there are "
+                f"{', '.join(sorted(metrics))}"
+            )
+        self._monitored = trainer.step, metrics[monitor]
+        if self._is_due(trainer) and self._waits_for_validation(trainer) and self._saved_at != trainer.step:
+            self._save(trainer)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        interval = self.settings.every_n_train_steps
+        return interval > 0 and trainer.step > 0 and trainer.step % interval == 0
+
+    def _waits_for_validation(self, trainer: Trainer) -> bool:
+        """Whether the metric that a checkpoint of this step is judged by comes after the step's own."""
+        interval = trainer.settings.val_check_interval
+        return self.settings.monitor is not None and interval > 0 and trainer.step % interval == 0
+
+    def on_preempted(self, trainer: Trainer) -> None:
+        self._save_and_wait(trainer, wanted=trainer.step > 0)
+
     def on_end(self, trainer: Trainer) -> None:
-        if self.settings.save_on_train_end and self._saved_at != trainer.step:
+        self._save_and_wait(trainer, wanted=self.settings.save_on_train_end)
+
+    def _save_and_wait(self, trainer: Trainer, wanted: bool) -> None:
+        if wanted and self._saved_at != trainer.step:
             self._save(trainer)
         with write_errors(self.folder):
             self._queue.maybe_finalize_async_calls(blocking=True)
 
     def close(self) -> None:
         self._queue.close()
+        if dist.get_rank() == 0:
+            shutil.rmtree(self.folder / _METADATA_ONCE, ignore_errors=True)
         if self._manager is not None:
             self._manager.shutdown()
 
@@ -116,7 +148,9 @@ class CheckpointHook(Hook):
         final = self.folder / f"step_{trainer.step:08d}"
         # Named anew each time: a writer that outlived a killed run may still write into its own.
         partial = self.folder / collectives.from_first_rank(f".{final.name}.{uuid.uuid4().hex}")
-        state = {"format": FORMAT, "step": trainer.step, **vars(self.provenance)}
+        validated_at, value = self._monitored
+        monitored = value if validated_at == trainer.step else None
+        state = {"format": FORMAT, "step": trainer.step, "monitored": monitored, **vars(self.provenance)}
         with write_errors(final):
             # Two saves at once would double the memory that they hold.
             self._queue.maybe_finalize_async_calls(blocking=True)
@@ -129,6 +163,7 @@ class CheckpointHook(Hook):
                     validate_access_integrity=dist.get_world_size() > 1,
                     **_WRITER,
                 )
+                request = _hashed(request, partial, folder_of(learner))
                 if learner is trainer.learners[-1]:  # requests are finished in their order
                     request.add_finalize_fn(lambda: self._finalize(partial, final, state))
                 if self.settings.async_save:
@@ -143,11 +178,18 @@ class CheckpointHook(Hook):
         if dist.get_rank() == 0:
             for learner in trainer.learners:
                 (partial / folder_of(learner)).mkdir(parents=True)
-            policy = trainer.learners[0].model.chunks[0].architecture
-            copy_metadata(self.metadata, partial / METADATA, scalar_head=policy.scalar_head)
+            shutil.copytree(self._metadata_of(trainer), partial / METADATA)
             if source is not None:
                 save_file(dict(source.arrays), partial / SOURCE, metadata={"state": source.text})
         dist.barrier()
+
+    def _metadata_of(self, trainer: Trainer) -> Path:
+        """A folder with what accompanies the weights, made once: to read it out of a GGUF file takes seconds."""
+        folder = self.folder / _METADATA_ONCE
+        if not folder.is_dir():
+            policy = trainer.learners[0].model.chunks[0].architecture
+            copy_metadata(self.metadata, folder, scalar_head=policy.scalar_head)
+        return folder
 
     def _finalize(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
         if dist.get_rank() == 0:
@@ -155,19 +197,56 @@ class CheckpointHook(Hook):
                 json.dump({**state, "world_size": dist.get_world_size()}, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            shutil.rmtree(final, ignore_errors=True)
+            write_manifest(partial)
+            _discard(final)  # of an earlier end of this run, which was then resumed further back
             os.replace(partial, final)
+            _settle(self.folder)
             self._prune()
         dist.barrier()
 
     def _prune(self) -> None:
-        keep = self.settings.save_top_k
-        steps = sorted(self.folder.glob("step_*"))
-        for old in steps[:-keep] if keep > 0 else []:
-            # Renamed first: a half-deleted folder must not look like a checkpoint.
-            hidden = old.with_name(f".{old.name}")
-            os.replace(old, hidden)
-            shutil.rmtree(hidden)
+        keep, steps = self.settings.save_top_k, sorted(self.folder.glob("step_*"))
+        if keep <= 0:
+            return
+        kept = steps[-keep:]
+        if self.settings.monitor is not None:
+            sign = 1 if self.settings.mode == "min" else -1
+            monitored = {step: read_state(step).get("monitored") for step in reversed(steps)}
+            judged = {step: sign * value for step, value in monitored.items() if value is not None}
+            kept = [steps[-1], *sorted(judged, key=judged.__getitem__)[:keep]]
+        for old in set(steps) - set(kept):
+            _discard(old)
+
+
+def _discard(checkpoint: Path) -> None:
+    """Renamed first: a half-deleted folder must not look like a checkpoint."""
+    if checkpoint.exists():
+        hidden = checkpoint.with_name(f".{checkpoint.name}.{uuid.uuid4().hex}")
+        os.replace(checkpoint, hidden)
+        shutil.rmtree(hidden)
+
+
+def _settle(folder: Path) -> None:
+    """See the names in ``folder`` on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hashed(request: AsyncRequest, checkpoint: Path, folder: str) -> AsyncRequest:
+    """``request`` with its files hashed by the process that has written them, while training goes on."""
+    rank, write = dist.get_rank(), request.async_fn
+    if write is None:
+        return request
+
+    def write_and_hash(*arguments: Any, **keywords: Any) -> None:
+        write(*arguments, **keywords)
+        with contextlib.suppress(OSError):  # a full disk: ending the write says so, on every rank
+            leave_records(checkpoint, folder, rank)
+
+    return request._replace(async_fn=write_and_hash)
 
 
 def _collect_results(in_background: bool) -> SyncManager | None:
@@ -180,7 +259,7 @@ def _collect_results(in_background: bool) -> SyncManager | None:
         filesystem_async._results_queue = queue.Queue()
         return None
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    manager.start(die_with, (os.getpid(),))
+    manager.start(outlive_signals, (os.getpid(),))
     filesystem_async._results_queue = manager.Queue()
     return manager
 
@@ -190,10 +269,15 @@ def write_errors(folder: Path) -> Iterator[None]:
     """A failure to write, in this process or in the one that writes for it, as one line."""
     try:
         yield
-    except (OSError, CheckpointingException, CheckpointException) as error:
+    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
+        if type(error) is RuntimeError and not any(words in str(error) for words in _TORCH_CANNOT_WRITE):
+            raise
+        # A full disk shows as many different errors, or as none on the other ranks.
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free / 2**30
         raise CheckpointError(
-            f"{folder}: cannot write the checkpoint: {reason(error)}; free space there, then resume from the last "
-            "good one with exp_manager.resume_if_exists=true"
+            f"{folder}: cannot write the checkpoint: {reason(error)}; {free:.2f} GiB are free there; when it can be "
+            "written, resume from the last good one with exp_manager.resume_if_exists=true"
         ) from error
 
 
@@ -209,83 +293,3 @@ def training_state(learner: Learner, loading: bool = False) -> dict[str, Any]:
     optimizer = learner.model.optimizer.sharded_state_dict(flat, is_loading=loading, metadata=dict(_OPTIMIZER_METADATA))
     generators = {"rng": rng.rng_state()} if learner.name == POLICY else {}
     return {**model, "optimizer": optimizer, **generators}
-
-
-def resume(learners: Sequence[Learner], source: BatchSource, checkpoint: Path, provenance: Provenance) -> int:
-    """Continue from ``checkpoint``, under this layout whatever it was written under; returns the steps done.
-
-    Raises:
-        CheckpointError: it is damaged, or belongs to a run on other data, of another batch size or another algorithm.
-    """
-    state = read_state(checkpoint)
-    for name, value in vars(provenance).items():
-        if state.get(name, "") != value:
-            raise CheckpointError(
-                f"{checkpoint / STATE}: {name} was {state.get(name)!r} when it was saved and is {value!r} now, so the "
-                "run cannot go on where it was; restore it, or start another run (exp_manager.name) with "
-                f"model.restore_from_path={checkpoint}"
-            )
-    for learner in learners:
-        _resume_learner(learner, checkpoint, state)
-    if (checkpoint / SOURCE).is_file():
-        source.restore(_read_source(checkpoint / SOURCE))
-    return state["step"]
-
-
-def _resume_learner(learner: Learner, checkpoint: Path, state: dict[str, Any]) -> None:
-    model, folder = learner.model, checkpoint / folder_of(learner)
-    load_in_place(model.chunks, folder)
-    adam = _torch_adam(model.optimizer)
-    if adam is not None:
-        _create_adam_state(adam)
-    target = {k: v for k, v in training_state(learner, loading=True).items() if k in ("optimizer", "rng")}
-    same_ranks = state["world_size"] == dist.get_world_size()
-    if not same_ranks:
-        # Another number of ranks has other generators; nothing in training draws from them.
-        target.pop("rng", None)
-    loaded = load_distributed(target, folder)
-    _load_optimizer(model.optimizer, loaded["optimizer"])
-    # The schedule is the configuration's; only its position is the checkpoint's.
-    model.scheduler.step(state["step"])
-    if "rng" in loaded:
-        rng.restore(loaded["rng"])
-
-
-def _read_source(file: Path) -> SourceState:
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-            return SourceState(arrays, opened.metadata()["state"])
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: not a rollout's file, or cut short ({error}); resume from another") from error
-
-
-def _torch_adam(optimizer: MegatronOptimizer) -> torch.optim.Adam | None:
-    """torch's Adam inside ``optimizer``; None where it is Transformer Engine's or Apex's."""
-    (dense,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    return dense.optimizer if isinstance(dense.optimizer, torch.optim.Adam) else None
-
-
-def _create_adam_state(adam: torch.optim.Adam) -> None:
-    """torch's Adam creates its state in its first step; the sharded optimizer must have it before it can load it."""
-    for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
-        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        adam.state[parameter] = {"step": torch.zeros(()), **zeros}
-
-
-def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Megatron-Core's sharded optimizer does not carry torch's step counts: they are handed to it, one a parameter."""
-    adam = _torch_adam(optimizer)
-    (dense,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    if adam is None or not isinstance(dense, DistributedOptimizer):
-        optimizer.load_state_dict(state)
-        return
-    step = torch.tensor(float(state["optimizer"]["param_groups"][0]["step"]))
-    settle = dense._set_main_param_and_optimizer_states
-    dense._set_main_param_and_optimizer_states = lambda parameter, tensors: settle(parameter, {**tensors, "step": step})
-    try:
-        optimizer.load_state_dict(state)
-    finally:
-        del dense._set_main_param_and_optimizer_states
-    for values in adam.state.values():
-        values["step"] = step.clone()  # else all share one counter, and each would advance it

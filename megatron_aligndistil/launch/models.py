@@ -12,6 +12,7 @@ import torch
 
 from megatron_aligndistil.algorithms.algorithm import Role
 from megatron_aligndistil.checkpoint.adapter_config import SavedAdapter
+from megatron_aligndistil.checkpoint.integrity import verify_model
 from megatron_aligndistil.checkpoint.locate import model_path, read_architecture, saved_adapter
 from megatron_aligndistil.checkpoint.weights import load_adapter, load_weights
 from megatron_aligndistil.config.base_schema import ModelConfig
@@ -95,6 +96,7 @@ def trained_chunks(
     architecture = read_architecture(path)
     check_model(config, architecture)
     chunks = build_chunks(architecture.with_scalar_head() if scalar else architecture, settings)
+    _verify(config, path)
     load_weights(chunks, path)
     if config.model.peft.peft_scheme is None:
         return chunks
@@ -103,6 +105,7 @@ def trained_chunks(
         attach(chunks, TRAINED, wanted)
         draw(chunks, TRAINED, config.model.seed)
     else:
+        _verify(config, adapter_path)
         load_adapter(chunks, TRAINED, _adapter_to_go_on_with(adapter_path, path, wanted))
     trained = sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad)
     total = sum(p.numel() for chunk in chunks for p in chunk.parameters())
@@ -110,6 +113,11 @@ def trained_chunks(
         "LoRA of rank %d: %s of %s parameters of this rank are trained", wanted.rank, f"{trained:,}", f"{total:,}"
     )
     return chunks
+
+
+def _verify(config: RunConfig, path: str) -> None:
+    if config.exp_manager.checkpoint_callback_params.verify_on_load:
+        verify_model(path)
 
 
 def _adapter_to_go_on_with(adapter_path: str, base: str, wanted: LoRASettings) -> SavedAdapter:
@@ -168,6 +176,7 @@ class Bases:
             found, wanted = ("a reward model", "a language model")[:: 1 if architecture.scalar_head else -1]
             raise CheckpointError(f"{role.config_key}={role.path}: {found}, and {wanted} is needed; give another path")
         check_model(self.config, architecture)
+        _verify(self.config, role.path)
         saved = saved_adapter(role.path)
         base = model_path(role.path) if saved is None else saved.base
         # Scalar heads are not part of a base: each reward model has its own.
