@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,12 +12,15 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from megatron_aligndistil.errors import CheckpointError
+from megatron_aligndistil.config.json_text import read_json
+from megatron_aligndistil.errors import CheckpointError, reason
 from megatron_aligndistil.models.families.lora import PEFT_DOWN, PROJECTIONS, hf_modules
 from megatron_aligndistil.models.lora import LoRASettings
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+_LARGEST_RANK = 2**14
+_SHOWN_CHARACTERS = 80
 STATE_KEY = "lora"  # in a checkpoint's state.json
 _SCORE = "score"  # PEFT's name of a classifier's head among modules_to_save
 _PROJECTION = re.compile(rf"{re.escape(PEFT_PREFIX)}model\.layers\.\d+\.\w+\.(\w+)\.{re.escape(PEFT_DOWN)}")
@@ -46,10 +49,23 @@ def from_state(checkpoint: Path, entry: Mapping[str, Any], scalar: bool) -> Save
         CheckpointError: the entry is damaged.
     """
     try:
-        settings = LoRASettings(int(entry["rank"]), float(entry["alpha"]), tuple(entry["targets"]))
-        return SavedAdapter(checkpoint, Path(entry["base"]), settings, "megatron", scalar)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint}/state.json: {STATE_KEY} is not an adapter's ({error!r})") from error
+        settings, base = _settings(entry["rank"], entry["alpha"], tuple(entry["targets"])), Path(entry["base"])
+        if base.resolve() == checkpoint.resolve():
+            raise ValueError("its base is the adapter itself")
+        return SavedAdapter(checkpoint, base, settings, "megatron", scalar)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise CheckpointError(f"{checkpoint}/state.json: {STATE_KEY} is not an adapter's ({reason(error)})") from error
+
+
+def _settings(rank: Any, alpha: Any, targets: tuple[str, ...]) -> LoRASettings:
+    """Raises ValueError for what no adapter has."""
+    if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
+        raise ValueError(f"its rank is {rank!r}, not a whole number from 1 to {_LARGEST_RANK}")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise ValueError(f"its alpha is {alpha!r}, not a number")
+    if not set(targets) <= set(PROJECTIONS):
+        raise ValueError(f"its targets are {targets!r}, not some of {', '.join(PROJECTIONS)}")
+    return LoRASettings(rank, float(alpha), targets)
 
 
 def read_peft(folder: Path) -> SavedAdapter:
@@ -60,20 +76,20 @@ def read_peft(folder: Path) -> SavedAdapter:
     """
     file = folder / PEFT_CONFIG
     try:
-        config = json.loads(file.read_text())
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        base = Path(str(config["base_model_name_or_path"]))
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{file}: not a LoRA adapter's config ({error!r})") from error
-    _refuse(file, config)
-    if not base.exists():
+        config = read_json(file)
+        settings = _settings(config["r"], config["lora_alpha"], ())
+        base, saved = Path(str(config["base_model_name_or_path"])), tuple(config.get("modules_to_save") or ())
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{file}: not a LoRA adapter's config ({reason(error)})") from error
+    _refuse(file, {**config, "modules_to_save": saved})
+    if not os.path.exists(base):
         raise CheckpointError(
-            f"{file}: base_model_name_or_path={base}: no such folder; download it and correct the path"
+            f"{file}: base_model_name_or_path={str(base)[:200]}: no such folder; download it and correct the path"
         )
-    if config.get("use_rslora"):
-        alpha *= math.sqrt(rank)  # which is scaled by 1/√r, not 1/r
-    settings = LoRASettings(rank, alpha, _targets(folder / PEFT_WEIGHTS))
-    return SavedAdapter(folder, base, settings, "peft", _SCORE in (config.get("modules_to_save") or ()))
+    # rsLoRA is scaled by 1/√r, not 1/r.
+    alpha = settings.alpha * (math.sqrt(settings.rank) if config.get("use_rslora") else 1.0)
+    settings = LoRASettings(settings.rank, alpha, _targets(folder / PEFT_WEIGHTS))
+    return SavedAdapter(folder, base, settings, "peft", _SCORE in saved)
 
 
 def _refuse(file: Path, config: Mapping[str, Any]) -> None:
@@ -87,7 +103,8 @@ def _refuse(file: Path, config: Mapping[str, Any]) -> None:
         ("modules_to_save", others, []),
     ):
         if found != supported:
-            raise CheckpointError(f"{file}: {name}={found!r} is not implemented; supported: {supported!r}")
+            shown = repr(found)[:_SHOWN_CHARACTERS]
+            raise CheckpointError(f"{file}: {name}={shown} is not implemented; supported: {supported!r}")
 
 
 def _targets(file: Path) -> tuple[str, ...]:
@@ -96,7 +113,9 @@ def _targets(file: Path) -> tuple[str, ...]:
         with safe_open(file, framework="pt") as opened:
             names = list(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a readable safetensors file, missing or truncated ({error})") from error
+        raise CheckpointError(
+            f"{file}: not a readable safetensors file, missing or truncated ({reason(error)})"
+        ) from error
     modules = {match[1] for name in names if (match := _PROJECTION.fullmatch(name))}
     targets = tuple(target for target in PROJECTIONS if modules & set(hf_modules((target,))))
     if unknown := modules - set(hf_modules(targets)):

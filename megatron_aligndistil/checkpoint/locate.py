@@ -4,7 +4,6 @@ an adapter over another model (a PEFT folder, or the checkpoint of a run that tr
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -16,16 +15,19 @@ from megatron_aligndistil.checkpoint.adapter_config import (
     from_state,
     read_peft,
 )
+from megatron_aligndistil.checkpoint.manifest import MANIFEST
 from megatron_aligndistil.checkpoint.metadata import CONFIG, read_config
-from megatron_aligndistil.errors import CheckpointError
+from megatron_aligndistil.config.json_text import read_json
+from megatron_aligndistil.errors import CheckpointError, reason
 from megatron_aligndistil.models import families
 from megatron_aligndistil.models.architecture import Architecture
 
 Kind = Literal["huggingface", "gguf", "megatron", "run", "peft"]
 
-# A Megatron checkpoint is a folder with these; STATE is written last and so marks it complete.
+# A Megatron checkpoint is a folder with these, and a manifest, which is written last and so marks it complete.
 WEIGHTS, METADATA, STATE = "weights", "huggingface", "state.json"
 FORMAT = 1
+_SHOWN_CHARACTERS = 80
 # A run's checkpoints lie in <log folder>/checkpoints/step_<n>.
 CHECKPOINTS = "checkpoints"
 _STEP = re.compile(r"step_(\d+)")
@@ -45,8 +47,8 @@ def kind_of(path: str | Path) -> Kind:
             return "gguf"
         raise CheckpointError(f"{path}: a file that isn't GGUF; give a model folder or a .gguf file")
     if (path / WEIGHTS).is_dir():
-        if not (path / STATE).is_file():
-            raise CheckpointError(f"{path}: incomplete checkpoint, {STATE} is missing (its writing was interrupted)")
+        if not (path / MANIFEST).is_file():
+            raise CheckpointError(f"{path}: incomplete checkpoint, {MANIFEST} is missing (its writing was interrupted)")
         return "megatron"
     if (path / PEFT_CONFIG).is_file():
         return "peft"
@@ -55,7 +57,7 @@ def kind_of(path: str | Path) -> Kind:
     if (path / CHECKPOINTS).is_dir():
         return "run"
     raise CheckpointError(
-        f"{path}: neither a Hugging Face folder ({CONFIG}), a Megatron checkpoint ({WEIGHTS}/, {STATE}), "
+        f"{path}: neither a Hugging Face folder ({CONFIG}), a Megatron checkpoint ({WEIGHTS}/, {MANIFEST}), "
         f"a run's log folder ({CHECKPOINTS}/) nor a PEFT adapter ({PEFT_CONFIG})"
     )
 
@@ -71,7 +73,7 @@ def model_path(path: str | Path) -> Path:
         return path
     complete = complete_checkpoints(path)
     if not complete:
-        raise CheckpointError(f"{path / CHECKPOINTS}: no complete checkpoint (step_<n>/{STATE})")
+        raise CheckpointError(f"{path / CHECKPOINTS}: no complete checkpoint (step_<n>/{MANIFEST})")
     return complete[-1]
 
 
@@ -80,7 +82,7 @@ def complete_checkpoints(log_folder: Path) -> list[Path]:
     steps = []
     for folder in (log_folder / CHECKPOINTS).glob("step_*"):
         match = _STEP.fullmatch(folder.name)
-        if match and (folder / STATE).is_file():
+        if match and (folder / MANIFEST).is_file():
             steps.append((int(match[1]), folder))
     return [folder for _, folder in sorted(steps)]
 
@@ -92,10 +94,18 @@ def metadata_source(path: str | Path) -> Path:
         CheckpointError: as ``model_path``.
     """
     found = model_path(path)
-    kind = kind_of(found)
-    if kind == "peft":
-        return metadata_source(read_peft(found).base)
-    return found / METADATA if kind == "megatron" else found
+    seen = [found.resolve()]
+    while kind_of(found) == "peft":
+        named = read_peft(found).base
+        try:
+            base = model_path(named)
+        except CheckpointError as error:
+            raise CheckpointError(f"{found / PEFT_CONFIG}: base_model_name_or_path={named}: {error}") from error
+        if base.resolve() in seen:
+            raise CheckpointError(f"{found / PEFT_CONFIG}: base_model_name_or_path={base}: an adapter over itself")
+        seen.append(base.resolve())
+        found = base
+    return found / METADATA if kind_of(found) == "megatron" else found
 
 
 def saved_adapter(path: str | Path) -> SavedAdapter | None:
@@ -132,10 +142,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     file = checkpoint / STATE
     try:
-        state = json.loads(file.read_text())
+        state = read_json(file)
         found = state["format"]
+        if found == FORMAT and (type(state["step"]) is not int or state["step"] < 0):
+            raise ValueError(f"step is {state['step']!r}")
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{file}: not a checkpoint's state ({error!r})") from error
+        raise CheckpointError(f"{file}: not a checkpoint's state ({reason(error)})") from error
     if found != FORMAT:
-        raise CheckpointError(f"{file}: format {found!r} is not read by this version, which reads {FORMAT}")
-    return state
+        shown = repr(found)[:_SHOWN_CHARACTERS]
+        raise CheckpointError(f"{file}: format {shown} is not read by this version, which reads {FORMAT}")
+    return dict(state)

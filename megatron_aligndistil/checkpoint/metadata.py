@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from megatron_aligndistil.checkpoint.sources import open_gguf
-from megatron_aligndistil.errors import CheckpointError
+from megatron_aligndistil.config.json_text import read_json
+from megatron_aligndistil.errors import CheckpointError, reason
 from megatron_aligndistil.models import families
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def copy_metadata(source: Path, destination: Path, dtype: torch.dtype | None = N
 
 
 def _set_dtype(file: Path, name: str) -> None:
-    config = json.loads(file.read_text())
+    config = read_json(file)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     if config.get(key) != name:
         config[key] = name
@@ -62,7 +63,7 @@ def _set_dtype(file: Path, name: str) -> None:
 
 
 def _set_classifier(folder: Path) -> None:
-    config = json.loads((folder / CONFIG).read_text())
+    config = read_json(folder / CONFIG)
     if families.is_classifier(config.get("architectures")):
         return
     config |= {
@@ -80,11 +81,14 @@ def _pad_token_id(config: dict[str, Any], tokenizer: Path) -> int:
     """The token that transformers' classifier passes over to find a row's last one; it refuses batches without one."""
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
-    settings = json.loads(tokenizer.read_text()) if tokenizer.is_file() else {}
-    token = settings.get("pad_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    added = settings.get("added_tokens_decoder") or {}
-    named = [int(i) for i, entry in added.items() if token is not None and entry.get("content") == token]
+    try:
+        settings = read_json(tokenizer) if tokenizer.is_file() else {}
+        token = settings.get("pad_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        added = settings.get("added_tokens_decoder") or {}
+        named = [int(i) for i, entry in added.items() if token is not None and entry.get("content") == token]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{tokenizer}: not a tokenizer's config ({reason(error)})") from error
     found = next((i for i in (config.get("pad_token_id"), *named, *ends) if i is not None), 0)
     if found in ends:
         logger.warning(
@@ -106,19 +110,20 @@ def read_config(source: Path) -> Any:
 
 
 def _folder_config(folder: Path) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     file = folder / CONFIG
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file")
     try:
-        declared = json.loads(file.read_text())
+        declared = read_json(file)
         # Before transformers reads it: that would look for code where it doesn't know the family.
         families.family_named(declared.get("model_type"), folder)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
-        raise CheckpointError(f"{file}: not a model config ({' '.join(str(error).split())})") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers' own code for a family computes with what it finds
+        raise CheckpointError(f"{file}: not a model config ({reason(error)})") from error
     if getattr(config, "quantization_config", None):
         raise CheckpointError(f"{file}: quantization_config is set; give unquantised weights, or GGUF")
     return config
@@ -136,7 +141,10 @@ def _gguf_config(file: Path) -> Any:
         raise CheckpointError(
             f"{file}: RoPE scaling stored as a tensor (rope_freqs) is not read from GGUF; use the Hugging Face folder"
         )
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    try:
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    except Exception as error:  # transformers computes with what it finds
+        raise CheckpointError(f"{file}: its metadata is not a model's ({reason(error)})") from error
     config.architectures = [f"{name.capitalize()}ForCausalLM"]
     return config
 
@@ -148,4 +156,5 @@ def _write_gguf_metadata(file: Path, destination: Path) -> None:
     config.dtype = torch.float32
     config.save_pretrained(destination)
     GenerationConfig.from_model_config(config).save_pretrained(destination)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(destination)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    tokenizer.save_pretrained(destination)

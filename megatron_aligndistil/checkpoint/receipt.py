@@ -167,7 +167,9 @@ def transformers_logits(path: Path, tokens_BS: Tensor, dtype: torch.dtype) -> Te
         model = _transformers_gguf(path)
     else:
         kind = AutoModelForSequenceClassification if scalar_head else AutoModelForCausalLM
-        model = kind.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        model = kind.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False
+        )
     for parameter in model.parameters():  # not the buffers: RoPE's frequencies stay exact
         parameter.data = parameter.data.to(dtype).float()
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_aligndistil.errors import CheckpointError
+from megatron_aligndistil.config.json_text import read_json
+from megatron_aligndistil.errors import CheckpointError, reason
 from megatron_aligndistil.models import families
 from megatron_aligndistil.models.families.rules import MemoryPart, Part, Shape
 from megatron_aligndistil.models.families.table import hf_shapes
@@ -39,8 +39,10 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a readable safetensors file, missing or truncated ({error})") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: not a readable safetensors file, missing or truncated ({reason(error)})"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,12 @@ class _FilePart:
         with _opened(self.file) as handle:
             piece = handle.get_slice(self.name)
             return piece[start:stop] if dimension == 0 else piece[:, start:stop]
+
+
+def _file_name(name: Any) -> str:
+    if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        raise ValueError(f"{name!r} is not the name of a .safetensors file in its folder")
+    return name
 
 
 class SafetensorsFolder:
@@ -78,10 +86,10 @@ class SafetensorsFolder:
         index = self.origin / INDEX
         if index.is_file():
             try:
-                names = set(json.loads(index.read_text())["weight_map"].values())
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise CheckpointError(f"{index}: not a safetensors index ({error!r})") from error
-            return sorted(self.origin / Path(name).name for name in names)
+                names = set(map(_file_name, read_json(index)["weight_map"].values()))
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+                raise CheckpointError(f"{index}: not a safetensors index ({reason(error)})") from error
+            return sorted(self.origin / name for name in names)
         if (self.origin / SINGLE).is_file():
             return [self.origin / SINGLE]
         pickled = sorted(file.name for file in self.origin.glob("*.bin"))
@@ -152,4 +160,4 @@ def open_gguf(file: Path) -> Any:
     try:
         return gguf.GGUFReader(file)
     except (ValueError, IndexError, KeyError, OSError) as error:
-        raise CheckpointError(f"{file}: not a readable GGUF file, or truncated ({error})") from error
+        raise CheckpointError(f"{file}: not a readable GGUF file, or truncated ({reason(error)})") from error

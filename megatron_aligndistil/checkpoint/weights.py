@@ -26,7 +26,7 @@ from megatron_aligndistil.checkpoint.index import check_files, stored_dtypes
 from megatron_aligndistil.checkpoint.locate import WEIGHTS, kind_of, model_path, saved_adapter
 from megatron_aligndistil.checkpoint.metadata import read_config
 from megatron_aligndistil.checkpoint.sources import GGUFFile, SafetensorsFolder, TensorSource
-from megatron_aligndistil.errors import CheckpointError
+from megatron_aligndistil.errors import REASON_CHARACTERS, CheckpointError
 from megatron_aligndistil.models.families.rules import VOCAB
 from megatron_aligndistil.models.families.table import SCALAR_HEAD
 from megatron_aligndistil.models.lora import TRAINED, attach, merge
@@ -67,6 +67,18 @@ def load_weights(chunks: Sequence[HiddenStateModel], path: str | Path, head_seed
         _load_megatron(chunks, found, head_seed)
     else:
         load_hf(chunks, open_source(found), head_seed)
+    _refuse_nonfinite(chunks, found)
+
+
+@torch.no_grad()
+def _refuse_nonfinite(chunks: Sequence[HiddenStateModel], path: Path) -> None:
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise CheckpointError(
+                    f"{path}: {name} is not finite: the model holds NaN or infinity; take another, or an earlier "
+                    "checkpoint of it"
+                )
 
 
 def load_adapter(chunks: Sequence[HiddenStateModel], name: str, saved: SavedAdapter) -> None:
@@ -180,7 +192,7 @@ def load_distributed(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     check_files(folder)
     try:
         return dist_checkpointing.load(state, str(folder))
-    except (*_FAILURES, CheckpointException) as error:
+    except (Exception, CheckpointException) as error:  # damage shows as any of the errors of three libraries
         raise CheckpointError(f"{folder}: cannot read the checkpoint: {reason(error)}") from error
 
 
@@ -221,4 +233,5 @@ def reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         causes = (failure[0] for failure in error.failures.values())
     lines = (line for cause in causes for line in str(cause).splitlines() if line.strip())
-    return next(lines, "another process failed")
+    # Torch goes on to explain how to run a pickle all the same.
+    return next(lines, "another process failed").partition(". In PyTorch")[0][:REASON_CHARACTERS]

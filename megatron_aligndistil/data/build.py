@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
+from megatron_aligndistil.config.json_text import read_json
 from megatron_aligndistil.data.chat import ChatFormat
 from megatron_aligndistil.data.records import Kind, records_of
 from megatron_aligndistil.data.sources import Source, open_rows, read_row
@@ -38,14 +40,20 @@ class Recipe:
     policy: LengthPolicy
 
 
-def read(folder: Path) -> tuple[Dataset, Summary] | None:
-    """The data of a built folder, memory-mapped; None where there is none or it is damaged."""
+def read(folder: Path, verify: bool = True) -> tuple[Dataset, Summary] | None:
+    """The data of a built folder, memory-mapped; None where there is none or it is damaged.
+
+    ``verify`` reads its files through; the summary is always compared with its own hash.
+    """
     try:
-        summary = Summary(**json.loads((folder / SUMMARY_FILE).read_text()))
-        dataset = load_from_disk(str(folder))
+        content = read_json(folder / SUMMARY_FILE)
+        if content["sha256"] != _digest(content):
+            return None
+        if verify and content["files"] != _file_hashes(folder):
+            return None
+        return load_from_disk(str(folder)), Summary(**content["summary"])
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):
         return None
-    return (dataset, summary) if len(dataset) == summary.kept else None
 
 
 def build(recipe: Recipe, folder: Path, workers: int) -> None:
@@ -68,7 +76,8 @@ def build(recipe: Recipe, folder: Path, workers: int) -> None:
                 )
             target = Path(scratch) / "result"
             kept.save_to_disk(str(target))
-            (target / SUMMARY_FILE).write_text(json.dumps(asdict(summary)))
+            content = {"summary": asdict(summary), "files": _file_hashes(target)}
+            (target / SUMMARY_FILE).write_text(json.dumps({**content, "sha256": _digest(content)}))
             _publish(target, folder)
     except OSError as error:
         raise DataError(
@@ -151,6 +160,22 @@ def _fingerprint(dataset: Dataset) -> str:
         if "desirable" in dataset.column_names:
             digest.update(table.column("desirable").to_numpy().tobytes())
     return digest.hexdigest()
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file but the summary, by name."""
+    hashes = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != SUMMARY_FILE:
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of what the summary file holds beside it."""
+    parts = {name: content[name] for name in ("summary", "files")}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _publish(built: Path, folder: Path) -> None:

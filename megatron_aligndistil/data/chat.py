@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from megatron_aligndistil.errors import ConfigError, DataError
+from megatron_aligndistil.errors import ConfigError, DataError, reason
 from megatron_aligndistil.types import Message
 
 PROBE = "Zebra7"  # a response that no template alters
+SHOWN_CHARACTERS, SHOWN_ROLES = 30, 8
 REMEDY = "give another template in model.data.chat_template"
 
 
@@ -76,9 +76,11 @@ class ChatFormat:
             text = self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=generation, enable_thinking=False
             )
-        except (TemplateError, TypeError) as error:
-            roles = ", ".join(turn["role"] for turn in messages)
-            raise DataError(f"the chat template fails on the roles {roles} ({error}); correct it or {REMEDY}") from None
+        except Exception as error:  # a template is a program: it may raise whatever Python does
+            roles = ", ".join(turn["role"][:SHOWN_CHARACTERS] for turn in messages[:SHOWN_ROLES])
+            raise DataError(
+                f"the chat template fails on the roles {roles} ({reason(error)}); correct it or {REMEDY}"
+            ) from None
         return str(text)
 
 

@@ -17,6 +17,7 @@ Kind = Literal["preference", "demonstration", "unpaired", "prompt"]
 Prompt = tuple[Message, ...]
 
 SHOWN_CHARACTERS = 60
+SHOWN_FIELDS = 12
 RESPONSE_FIELDS = ("completion", "response")
 TURN = re.compile(r"\n\n(Human|Assistant):")
 TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -192,6 +193,8 @@ def _prompt_field(row: Mapping[str, Any], origin: str) -> Prompt:
 
 
 def _messages(value: Any, origin: str, field: str) -> Prompt:
+    if not isinstance(value, list | tuple):
+        raise DataError(f"{origin}: {field} is {_short(value)}; it must be a list of messages")
     turns: list[Message] = []
     for i, turn in enumerate(value):
         where = f"{field}[{i}]"
@@ -226,7 +229,9 @@ def _has(row: Mapping[str, Any], field: str) -> bool:
 
 
 def _fields(row: Mapping[str, Any]) -> str:
-    return ", ".join(key for key in row if _has(row, key)) or "none"
+    names = [key if len(key) <= SHOWN_CHARACTERS else _short(key) for key in row if _has(row, key)]
+    more = f" and {len(names) - SHOWN_FIELDS} more" if len(names) > SHOWN_FIELDS else ""
+    return (", ".join(names[:SHOWN_FIELDS]) or "none") + more
 
 
 def _first_difference(ours: Prompt, theirs: Prompt) -> tuple[str, str]:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from megatron_aligndistil.errors import DataError
+from megatron_aligndistil.config.json_text import parse_json
+from megatron_aligndistil.errors import DataError, reason
 
 LOCAL_SUFFIXES = (".jsonl", ".parquet")
 FILE_LIKE_SUFFIXES = (*LOCAL_SUFFIXES, ".json", ".csv", ".txt", ".gz", ".zst", ".arrow")
@@ -75,13 +75,18 @@ def open_rows(source: Source, scratch: str) -> Dataset:
         if source.path.suffix == ".parquet":
             if not pq.read_metadata(source.path).num_rows:
                 raise _empty(source)
-            return Dataset.from_parquet(str(source.path), cache_dir=scratch)
+            rows = Dataset.from_parquet(str(source.path), cache_dir=scratch)
+            rows.data.validate(full=True)  # texts that aren't UTF-8, which would only fail when they are taken out
+            return rows
         return Dataset.from_generator(_lines, features=LINES, cache_dir=scratch, gen_kwargs={"source": source})
-    except (DatasetGenerationError, pa.ArrowException) as error:
-        if isinstance(error.__cause__, DataError | OSError):  # an OSError is of the scratch folder: a full disk
-            raise error.__cause__ from None
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise DataError(f"{source.name}: cannot be read ({reason}); write the file again") from error
+    except DataError:
+        raise
+    except Exception as error:  # a damaged Parquet file shows as any of the errors of Arrow and datasets
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        # The system's errors, which have a number, are of the scratch folder: a full disk.
+        if isinstance(cause, DataError) or (isinstance(cause, OSError) and cause.errno):
+            raise cause from None
+        raise DataError(f"{source.name}: cannot be read ({reason(cause)}); write the file again") from error
 
 
 def read_row(source: Source, raw: Mapping[str, Any], index: int) -> tuple[str, Mapping[str, Any]]:
@@ -90,11 +95,13 @@ def read_row(source: Source, raw: Mapping[str, Any], index: int) -> tuple[str, M
         return f"{source.name}:{index + 1}", raw
     origin, text = f"{source.name}:{raw['line']}", raw["text"]
     try:
-        row = json.loads(text)
+        row = parse_json(text)
     except json.JSONDecodeError as error:
         near = text[max(0, error.pos - 20) : error.pos + 20]
-        reason = f"{error.msg} at column {error.pos + 1}"
-        raise DataError(f"{origin}: not valid JSON, {reason} near {near!r}; correct or remove the line") from None
+        where = f"{error.msg} at column {error.pos + 1} near {near!r}"
+        raise DataError(f"{origin}: not valid JSON, {where}; correct or remove the line") from None
+    except ValueError as error:
+        raise DataError(f"{origin}: {error}; correct or remove the line") from None
     if not isinstance(row, dict):
         raise DataError(f"{origin}: {text[:SHOWN_CHARACTERS]!r} isn't a JSON object; give one object a line")
     return origin, row
@@ -125,9 +132,9 @@ def _load_hub(source: Source) -> Dataset:
     try:
         data = load_dataset(source.hub_name, split=source.split)
     except (OSError, ValueError) as error:  # DatasetNotFoundError and the hub's connection errors are OSErrors
-        reason = str(error).splitlines()[0]
-        message = f"{source.name}: no such file here, and not loaded from the hub ({reason}); correct the name or path"
-        raise DataError(message) from error
+        raise DataError(
+            f"{source.name}: no such file here, and not loaded from the hub ({reason(error)}); correct the name or path"
+        ) from error
     if isinstance(data, DatasetDict):
         if len(data) > 1 and "train" not in data:
             raise DataError(f"{source.name}: has the splits {', '.join(data)}; name one, {source.hub_name}:<split>")

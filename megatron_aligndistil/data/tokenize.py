@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datasets import Features, List, Value
 
 from megatron_aligndistil.config.base_schema import DataConfig
-from megatron_aligndistil.data.chat import ChatFormat
+from megatron_aligndistil.data.chat import REMEDY, ChatFormat
 from megatron_aligndistil.errors import ConfigError, DataError
 from megatron_aligndistil.types import Record
 
@@ -84,7 +84,10 @@ def tokenize(records: list[Record], chat: ChatFormat, policy: LengthPolicy) -> l
     whole = iter(zip(texts, chat.token_ids(texts), strict=True))
     out = []
     for record, prompt, prompt_text in zip(records, prompts, prompt_texts, strict=True):
-        responses = [_response(chat, prompt, len(prompt_text), whole) for _ in record.responses]
+        try:
+            responses = [_response(chat, prompt, len(prompt_text), whole) for _ in record.responses]
+        except DataError as error:
+            raise DataError(f"{record.origin}: {error}") from None
         out.append(limit(Tokenized(record.origin, prompt, responses, record.desirable), policy))
     return out
 
@@ -103,6 +106,8 @@ def _response(
     end, written = chat.end
     if not written:
         return [*response, end]
+    if end not in response:
+        raise DataError(f"the chat template doesn't end every response with its end token, {end}; {REMEDY}")
     return response[: len(response) - response[::-1].index(end)]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_aligndistil.errors import ConfigError, DataError
+from megatron_aligndistil.errors import ConfigError, DataError, reason
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -21,10 +21,11 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
     folder, gguf_file = _locate(Path(path).expanduser())
     options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: tokenizer not loaded ({reason}); copy it from the original model") from error
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, **options
+        )
+    except Exception as error:  # a damaged file shows as any of Python's errors, and as bare ones of tokenizers
+        raise DataError(f"{path}: tokenizer not loaded ({reason(error)}); copy it from the original model") from error
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")

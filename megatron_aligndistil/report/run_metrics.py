@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_aligndistil.config.json_text import parse_json
 from megatron_aligndistil.errors import DataError
 
 Metrics = Mapping[str, float | str]
@@ -15,20 +15,26 @@ def read_metrics(path: Path) -> list[Metrics]:
     """Every record of a ``metrics.jsonl``; empty where the run logged none.
 
     Raises:
-        DataError: a line isn't a JSON object.
+        DataError: a line isn't a JSON object of a step, a phase and numbers.
     """
     if not path.is_file():
         return []
     records: list[Metrics] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line.decode("utf-8"))
         except ValueError:
             record = None
-        if not isinstance(record, dict):
-            raise DataError(f"{path}:{number}: not a JSON object: {line[:60]!r}; the run that wrote it was damaged")
+        if not isinstance(record, dict) or not _is_record(record):
+            shown = line[:60].decode("utf-8", "replace")
+            raise DataError(f"{path}:{number}: not a record of metrics: {shown!r}; the run that wrote it was damaged")
         records.append(record)
     return records
+
+
+def _is_record(record: Mapping[str, object]) -> bool:
+    numbers = (value for name, value in record.items() if name != "phase")
+    return "step" in record and all(type(value) in (int, float) for value in numbers)
 
 
 def validations(records: Sequence[Metrics]) -> list[Metrics]:

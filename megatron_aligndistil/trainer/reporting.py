@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from megatron_aligndistil.config.atomic import write_text
+from megatron_aligndistil.config.json_text import parse_json
 from megatron_aligndistil.trainer.hooks import Hook, Metrics
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _BAR_METRICS = (
 )
 # Seconds between two prints of the bar where nobody watches a terminal.
 _QUIET_INTERVAL = 15.0
+_LINES_SHOWN = 5
 
 
 class ProgressBar(Hook):
@@ -74,13 +76,8 @@ class MetricsFile(Hook):
         self._file: IO[str] | None = None
 
     def on_start(self, trainer: Trainer) -> None:
-        kept = [
-            line for line in _complete_lines(self.path) if trainer.step and json.loads(line)["step"] <= trainer.step
-        ]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self.path)
-        self._file = self.path.open("a", buffering=1)
+        write_text(self.path, "".join(kept_lines(self.path, trainer.step)))
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")
 
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
         if trainer.step % self.every_n_steps == 0:
@@ -98,11 +95,25 @@ class MetricsFile(Hook):
         self._file.write(json.dumps(record) + "\n")
 
 
-def _complete_lines(path: Path) -> list[str]:
-    # A killed run may leave half a line at the end.
-    if not path.exists():
+def kept_lines(path: Path, steps: int) -> list[str]:
+    """The lines of the first ``steps`` steps in a ``metrics.jsonl``, if there is one.
+
+    A line that isn't a record is left out: a killed run may leave half of one, and a run goes on without it.
+    """
+    if not steps or not path.is_file():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept, damaged = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            text = line.decode("utf-8")
+            step = parse_json(text)["step"]
+            if step <= steps:
+                kept.append(text + "\n")
+        except (ValueError, LookupError, TypeError):
+            damaged += [number] if line else []
+    if damaged:
+        logger.warning("%s: left out, since no records: line %s", path, ", ".join(map(str, damaged[:_LINES_SHOWN])))
+    return kept
 
 
 class TensorBoard(Hook):
@@ -136,7 +147,8 @@ class WeightsAndBiases(Hook):
         import wandb
 
         self.every_n_steps = every_n_steps
-        self._run = wandb.init(dir=str(log_dir), **{"name": name, **settings})
+        given = {key: value for key, value in settings.items() if value is not None}
+        self._run = wandb.init(dir=str(log_dir), **{"name": name, **given})
 
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
         if trainer.step % self.every_n_steps == 0:

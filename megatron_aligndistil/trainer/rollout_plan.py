@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_aligndistil.config.json_text import parse_json
 from megatron_aligndistil.config.rollout_schema import RolloutConfig
 from megatron_aligndistil.config.rollout_sizes import RolloutSizes
 from megatron_aligndistil.rollout.engine import Sampling
@@ -72,10 +73,15 @@ class CurrentRollout:
 
     @classmethod
     def restored(cls, saved: SourceState) -> CurrentRollout:
-        """What ``saved`` has written."""
-        metadata = json.loads(saved.text)
-        examples = _examples(saved.arrays, metadata["origins"])
-        return cls(metadata["phase"], metadata["weights_step"], examples, metadata["state"])
+        """What ``saved`` has written.
+
+        Raises:
+            ValueError: it was not written by ``saved``. So do KeyError, TypeError and AttributeError say.
+        """
+        metadata = parse_json(saved.text)
+        examples = _examples(saved.arrays, [str(origin) for origin in metadata["origins"]])
+        state = {str(name): float(value) for name, value in metadata["state"].items()}
+        return cls(int(metadata["phase"]), int(metadata["weights_step"]), examples, state)
 
 
 def _arrays(examples: Sequence[Example]) -> dict[str, np.ndarray]:
@@ -98,8 +104,13 @@ def _examples(arrays: Mapping[str, np.ndarray], origins: Sequence[str]) -> list[
     if not origins:
         return []
     lengths, prompts = arrays[_LENGTHS], arrays[_PROMPTS]
-    tokens = np.split(arrays[_TOKENS], np.cumsum(lengths)[:-1])
     names = [name for name in arrays if name.startswith(_VALUES)]
+    if not len(origins) == len(lengths) == len(prompts) or not ((prompts > 0) & (prompts < lengths)).all():
+        raise ValueError("its lengths do not fit each other")
+    for name, sizes in {_TOKENS: lengths, **dict.fromkeys(names, lengths - prompts)}.items():
+        if arrays[name].shape != (sizes.sum(),):
+            raise ValueError(f"{name} does not fit the lengths")
+    tokens = np.split(arrays[_TOKENS], np.cumsum(lengths)[:-1])
     pieces = {name: np.split(arrays[name], np.cumsum(lengths - prompts)[:-1]) for name in names}
     return [
         Example(

@@ -47,6 +47,7 @@ TORCH_FREE = (
     "launch.cli",
     "launch.analyze",
     "launch.certify",
+    "launch.slurm",
     "launch.torchrun",
     "launch.failures",
     "launch.log",

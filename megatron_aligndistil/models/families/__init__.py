@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_aligndistil.errors import CheckpointError
+from megatron_aligndistil.errors import CheckpointError, reason
 from megatron_aligndistil.models.architecture import Architecture
 from megatron_aligndistil.models.families import llama, qwen2, qwen3
-from megatron_aligndistil.models.families.common import refuse
+from megatron_aligndistil.models.families.common import check_sizes, place_of, refuse
 from megatron_aligndistil.models.families.table import Table
 
 
@@ -45,21 +45,27 @@ def family_of(config: Any) -> Family:
     Raises:
         CheckpointError: ``model_type`` is none of ours.
     """
-    return family_named(config.model_type, getattr(config, "_name_or_path", "") or "config.json")
+    return family_named(config.model_type, place_of(config))
 
 
 def is_classifier(architectures: Iterable[str] | None) -> bool:
     """Whether a config's ``architectures`` name one of transformers' sequence classifiers, as reward models are."""
-    return any(name.endswith("ForSequenceClassification") for name in architectures or ())
+    return any(str(name).endswith("ForSequenceClassification") for name in architectures or ())
 
 
 def architecture_of(config: Any) -> Architecture:
     """The architecture of a transformers config; a sequence classifier of one label has a scalar head.
 
     Raises:
-        CheckpointError: a family or a variant that isn't implemented, or a classifier of several labels.
+        CheckpointError: a family or a variant that isn't implemented, a classifier of several labels, or sizes that no
+            model has.
     """
-    architecture = family_of(config).architecture(config)
+    family = family_of(config)
+    try:
+        architecture = family.architecture(config)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{place_of(config)}: an entry is of another type ({reason(error)})") from error
+    check_sizes(config, architecture)
     if not is_classifier(config.architectures):
         return architecture
     if config.num_labels != 1:

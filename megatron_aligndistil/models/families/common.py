@@ -2,18 +2,59 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megatron_aligndistil.errors import CheckpointError
 from megatron_aligndistil.models.architecture import Architecture, Llama3RopeScaling
 
+_SHOWN_CHARACTERS = 80
+
+# Far beyond any model: a config with more is damaged, and would only be noticed when memory runs out.
+_LARGEST = {
+    "num_layers": 2**12,
+    "hidden_size": 2**20,
+    "ffn_hidden_size": 2**22,
+    "num_attention_heads": 2**14,
+    "num_query_groups": 2**14,
+    "head_dim": 2**14,
+    "vocab_size": 2**26,
+    "max_position_embeddings": 2**32,
+}
+
+
+def place_of(config: Any) -> str:
+    """The folder or file of a config, for error messages."""
+    return str(getattr(config, "_name_or_path", "") or "config.json")
+
 
 def refuse(config: Any, name: str, value: object, supported: str) -> CheckpointError:
     """The error for a config entry that we'd have to ignore."""
-    place = getattr(config, "_name_or_path", "") or "config.json"
+    shown = repr(value)[:_SHOWN_CHARACTERS]
     return CheckpointError(
-        f"{place}: {config.model_type} with {name}={value!r} is not implemented; supported: {supported}"
+        f"{place_of(config)}: {config.model_type} with {name}={shown} is not implemented; supported: {supported}"
     )
+
+
+def check_sizes(config: Any, architecture: Architecture) -> None:
+    """Refuse sizes that no model has.
+
+    Raises:
+        CheckpointError: names the size and its value.
+    """
+    for name, largest in _LARGEST.items():
+        value = getattr(architecture, name)
+        if type(value) is not int or not 1 <= value <= largest:
+            raise refuse(config, name, value, f"whole numbers from 1 to {largest}")
+    positive = {"rms_norm_eps": architecture.rms_norm_eps, "rope_theta": architecture.rope_theta}
+    if architecture.rope_scaling is not None:
+        positive |= vars(architecture.rope_scaling)
+    for name, value in positive.items():
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise refuse(config, name, value, "numbers above 0")
+    heads, groups = architecture.num_attention_heads, architecture.num_query_groups
+    if heads % groups:
+        raise refuse(config, "num_key_value_heads", groups, f"divisors of num_attention_heads={heads}")
 
 
 def dense_decoder(config: Any, *, qkv_bias: bool, qk_norm: bool) -> Architecture:

@@ -45,12 +45,12 @@ class TestPaths:
             locate.kind_of(tmp_path / "weights.bin")
 
     def test_a_folder_of_another_kind(self, tmp_path):
-        with refusal(str(tmp_path), "config.json", "state.json", "checkpoints/"):
+        with refusal(str(tmp_path), "config.json", "manifest.json", "checkpoints/"):
             locate.kind_of(tmp_path)
 
     def test_a_checkpoint_whose_writing_was_interrupted(self, checkpoint):
-        (checkpoint / "state.json").unlink()
-        with refusal("checkpoint", "incomplete", "state.json"):
+        (checkpoint / "manifest.json").unlink()
+        with refusal("checkpoint", "incomplete", "manifest.json"):
             locate.kind_of(checkpoint)
 
     def test_a_checkpoint_of_another_format(self, checkpoint):
@@ -63,7 +63,7 @@ class TestPaths:
             folder = tmp_path / "checkpoints" / f"step_{step}"
             (folder / "weights").mkdir(parents=True)
             if complete:
-                (folder / "state.json").write_text('{"format": 1}')
+                (folder / "manifest.json").touch()
         assert locate.model_path(tmp_path).name == "step_10"
         assert locate.metadata_source(tmp_path) == tmp_path / "checkpoints" / "step_10" / "huggingface"
 
