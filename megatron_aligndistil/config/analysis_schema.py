@@ -22,7 +22,7 @@ class AnalysisTrainerConfig:
     num_nodes: int = 1
     devices: int = 1  # processes a node
     precision: str = "bf16-mixed"  # bf16-mixed (bf16 weights), 32, or 64 for checks
-    timeout_minutes: int = 30  # of a collective, before the group is taken down
+    timeout_minutes: float = 30.0  # of a collective, before the group is taken down
 
 
 @dataclass(kw_only=True)

@@ -29,7 +29,8 @@ class TrainerConfig:
     limit_val_batches: int = -1  # global batches a validation; -1: all
     log_every_n_steps: int = 1
     gradient_clip_val: float = 1.0  # 0: no clipping
-    timeout_minutes: int = 30  # of a collective, before the group is taken down
+    timeout_minutes: float = 30.0  # that a phase of a step may last, a collective or not, before the run is ended
+    straggler_report_every_n_steps: int = 50  # the slowest rank by phase, to <log dir>/stragglers.jsonl; 0: never
 
 
 @dataclass(kw_only=True)
@@ -37,9 +38,13 @@ class CheckpointCallbackConfig:
     """``exp_manager.checkpoint_callback_params``."""
 
     every_n_train_steps: int = 0  # 0: only at the end
-    save_top_k: int = 2  # newest checkpoints kept; -1: all
+    save_top_k: int = 2  # checkpoints kept; -1: all
+    monitor: OptionalStr = None  # a validation metric, by which the best are kept, and the newest; null: the newest
+    mode: str = "min"  # min | max: what is better
     save_on_train_end: bool = True
     async_save: bool = True
+    verify_on_load: bool = True  # compare checkpoints with the hashes in their manifests before they are used
+    when_damaged: str = "stop"  # the one to resume from: stop | previous (set it aside, go on from the one before)
     export_hf_on_train_end: bool = False  # also write a Hugging Face folder to <log dir>/huggingface, adapters merged
     export_peft_on_train_end: bool = False  # also write the adapter as a PEFT folder to <log dir>/adapter
 
@@ -48,8 +53,10 @@ class CheckpointCallbackConfig:
 class ExpManagerConfig:
     """``exp_manager``: where results go and whether to go on from them."""
 
-    explicit_log_dir: OptionalStr = None  # default: runs/<name>
-    name: str = MISSING
+    explicit_log_dir: OptionalStr = None  # default: <exp_dir>/<name>, or <exp_dir>/<name>/<version>
+    exp_dir: OptionalStr = None  # default: runs
+    name: str = MISSING  # also what the progress bar and Weights & Biases call the run
+    version: OptionalStr = None  # default: no folder of its own
     resume_if_exists: bool = False
     resume_ignore_no_checkpoint: bool = True
     create_tensorboard_logger: bool = True

@@ -21,7 +21,7 @@ class CertifyTrainerConfig:
     num_nodes: OptionalInt = None  # default: as many as the launcher uses
     devices: OptionalInt = None  # processes a node; default: as many as the launcher started, or one replica
     precision: OptionalStr = None  # 64 | 32 | bf16-mixed (kernels alone); default: all of them
-    timeout_minutes: int = 30
+    timeout_minutes: float = 30.0
 
 
 @dataclass(kw_only=True)

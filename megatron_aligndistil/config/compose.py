@@ -6,12 +6,13 @@ a resolved config that an earlier run saved. Whatever is wrong with a key or a v
 
 from __future__ import annotations
 
-import difflib
+import operator
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,16 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from megatron_aligndistil.config.atomic import write_text
+from megatron_aligndistil.config.keys import bare, closest, key_of
 from megatron_aligndistil.config.schema import SCHEMAS, RunConfig
-from megatron_aligndistil.errors import ConfigError
+from megatron_aligndistil.config.yaml_files import RECIPES, found, own_file, recipe_names, schema_in
+from megatron_aligndistil.errors import ConfigError, reason
 
-RECIPES = Path(__file__).resolve().parent / "recipes"
 Settings = TypeVar("Settings")
-
-
-def recipe_names() -> list[str]:
-    """Names that ``config_name`` accepts without a folder of the user's own."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 @dataclass(frozen=True)
@@ -44,8 +41,29 @@ class _Source:
     schema: type[Any]
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What Hydra composes: the file ``name`` in ``folder``, under ``overrides``, which name more folders to search."""
+
+    folder: Path
+    name: str
+    overrides: list[str]
+
+
+def compose_api(entry: Entry) -> DictConfig:
+    """By Hydra's own compose; another launcher's way takes its place in ``load_config`` (``launch.nemo``)."""
+    with initialize_config_dir(str(entry.folder), job_name="aligndistil", version_base="1.3"):
+        return compose(entry.name, overrides=entry.overrides)
+
+
+Composer = Callable[[Entry], DictConfig]
+
+
 def load_config(
-    config_name: str, overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | None = None
+    config_name: str,
+    overrides: Sequence[str] = (),
+    config_dir: str | os.PathLike[str] | None = None,
+    composer: Composer = compose_api,
 ) -> RunConfig:
     """The run that ``config_name`` and Hydra ``overrides`` describe, with every mandatory key set.
 
@@ -53,7 +71,7 @@ def load_config(
     ``config_dir``; a file inherits from others (``defaults``) that are looked for in the same order.
     Raises ConfigError; the combinations of values are judged by ``checks``, not here.
     """
-    composed, source = _compose(config_name, overrides, config_dir)
+    composed, source = _compose(config_name, overrides, config_dir, composer)
     with _one_line(source):
         _refuse_missing(composed)
         config = OmegaConf.to_object(composed)
@@ -73,7 +91,7 @@ def load_overrides(
     and comes between the two. Raises ConfigError.
     """
     _refuse_hydras_own(overrides)
-    name, folder = (command, RECIPES) if own is None else _own_file(*own)
+    name, folder = (command, RECIPES) if own is None else own_file(*own)
     source = _Source(name, tuple(overrides), schema)
     ConfigStore.instance().store(name=command, node=schema)
     with _one_line(source), initialize_config_dir(str(folder), job_name="aligndistil", version_base="1.3"):
@@ -86,10 +104,13 @@ def load_overrides(
 
 
 def describe_config(
-    config_name: str, overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | None = None
+    config_name: str,
+    overrides: Sequence[str] = (),
+    config_dir: str | os.PathLike[str] | None = None,
+    composer: Composer = compose_api,
 ) -> str:
     """The same run as YAML with interpolations resolved; ``???`` stands where a mandatory value is still missing."""
-    composed, source = _compose(config_name, overrides, config_dir)
+    composed, source = _compose(config_name, overrides, config_dir, composer)
     with _one_line(source):
         return OmegaConf.to_yaml(composed, resolve=True)
 
@@ -115,22 +136,61 @@ def save_resolved(config: RunConfig, path: str | os.PathLike[str]) -> None:
 
 
 def _compose(
-    config_name: str, overrides: Sequence[str], config_dir: str | os.PathLike[str] | None
+    config_name: str, overrides: Sequence[str], config_dir: str | os.PathLike[str] | None, composer: Composer
 ) -> tuple[DictConfig, _Source]:
     name = config_name.removesuffix(".yaml")
     _refuse_hydras_own(overrides)
-    folder, file = _found(name, config_dir)
-    source = _Source(name, tuple(overrides), _schema_in(file))
-    store = ConfigStore.instance()
-    for schema in dict.fromkeys(SCHEMAS.values()):
-        store.store(name=_schema_node(schema), node=schema)
+    folder, file = found(name, config_dir)
+    source = _Source(name, tuple(overrides), schema_in(file))
+    _register()
     # Hydra caches that it has not found the first file, before it reads its search path: it gets one that names it.
     entry = name if file.parent == folder else "_found_above"
-    store.store(name="_found_above", node={"defaults": [name, "_self_"]})
+    ConfigStore.instance().store(name="_found_above", node={"defaults": [name, "_self_"]})
     # The folder above comes last, so that what lies there by chance cannot stand in for a recipe.
     search = [f"hydra.searchpath=['file://{RECIPES}','file://{folder.parent}']"] if folder != RECIPES else []
-    with _one_line(source), initialize_config_dir(str(folder), job_name="aligndistil", version_base="1.3"):
-        return _typed(compose(entry, overrides=[*search, *overrides]), source)
+    with _one_line(source):
+        return _typed(composer(Entry(folder, entry, [*search, *overrides])), source)
+
+
+@cache
+def _register() -> None:
+    """Schemas for recipes to inherit from; NeMo's and NeMo-Aligner's arithmetic: ``${multiply:${a},${b}}``."""
+    for schema in dict.fromkeys(SCHEMAS.values()):
+        ConfigStore.instance().store(name=_schema_node(schema), node=schema)
+    arithmetic = {"multiply": operator.mul, "sum": operator.add, "subtract": operator.sub, "int_div": operator.floordiv}
+    for name, function in arithmetic.items():
+        OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+def read_foreign(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of a YAML file of another program by dotted key, and why those that are missing here aren't known.
+
+    Interpolations are resolved; an empty mapping is a value, ``???`` (mandatory) is left as it stands. Raises
+    ConfigError.
+    """
+    _register()
+    values: dict[str, Any] = {}
+    unknown: dict[str, str] = {}
+
+    def walk(node: DictConfig, prefix: str) -> None:
+        for name in map(str, node):
+            key = f"{prefix}{name}"
+            try:
+                value = "???" if OmegaConf.is_missing(node, name) else node[name]
+                if isinstance(value, DictConfig) and len(value):
+                    walk(value, f"{key}.")
+                else:
+                    is_node = OmegaConf.is_config(value)
+                    values[key] = OmegaConf.to_container(value, resolve=True) if is_node else value
+            except (OmegaConfBaseException, ArithmeticError, TypeError) as error:
+                unknown[key] = reason(error).partition(" full_key:")[0]  # what follows is OmegaConf's own
+
+    with _one_line(_Source(str(path.with_suffix("")), (), RunConfig)):
+        loaded = OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError(f"{path}: a list; give a file that is a mapping of keys")
+        walk(loaded, "")
+    return values, unknown
 
 
 def _refuse_missing(composed: Any) -> None:
@@ -140,17 +200,9 @@ def _refuse_missing(composed: Any) -> None:
         raise ConfigError(f"{' and '.join(missing)}: mandatory, but not set; add {remedy}")
 
 
-def _own_file(name: str, config_dir: str | os.PathLike[str]) -> tuple[str, Path]:
-    """The name and the folder of a YAML file of the user's for a command without recipes."""
-    name, folder = name.removesuffix(".yaml"), Path(config_dir).expanduser().resolve()
-    if not (folder / f"{name}.yaml").is_file():
-        raise ConfigError(f"--config-name {name}: {folder} holds no {name}.yaml; correct the name or --config-dir")
-    return name, folder
-
-
 def _refuse_hydras_own(overrides: Sequence[str]) -> None:
     for override in overrides:
-        if _key_of(override).startswith("hydra."):
+        if key_of(override).startswith("hydra."):
             raise ConfigError(f"{override}: Hydra's own settings have no effect here; use exp_manager and --config-dir")
 
 
@@ -161,29 +213,13 @@ def _one_line(source: _Source) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise ConfigError(_explain(error, source)) from error
 
 
 def _schema_node(schema: type[RunConfig]) -> str:
     """``dpo_schema`` for DPORunConfig: the name that a recipe's ``defaults`` inherits from."""
     return schema.__name__.removesuffix("RunConfig").lower() + "_schema"
-
-
-def _found(name: str, config_dir: str | os.PathLike[str] | None) -> tuple[Path, Path]:
-    """The folder that the search begins in, and the file ``name`` in it, among our recipes or in the folder above."""
-    places = [RECIPES]
-    if config_dir is not None:
-        folder = Path(config_dir).expanduser().resolve()
-        if not folder.is_dir():
-            raise ConfigError(f"--config-dir {config_dir}: no such folder")
-        places = [folder, RECIPES, folder.parent]
-    for place in places:
-        if (place / f"{name}.yaml").is_file():
-            return (RECIPES if place == RECIPES else places[0]), place / f"{name}.yaml"
-    known = ", ".join(dict.fromkeys(path.stem for place in places for path in sorted(place.glob("*.yaml"))))
-    hint = "" if config_dir is not None else "; --config-dir adds a folder of your own"
-    raise ConfigError(f"--config-name {name}: no such config; there are {known}{hint}")
 
 
 def _typed(composed: DictConfig, source: _Source) -> tuple[DictConfig, _Source]:
@@ -205,16 +241,6 @@ def _typed(composed: DictConfig, source: _Source) -> tuple[DictConfig, _Source]:
     return typed, source
 
 
-def _schema_in(path: Path) -> type[RunConfig]:
-    """The schema to look for close keys in, when composing failed before the type was known."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return RunConfig
-    named = [name for name in SCHEMAS if re.search(rf"\b{name}(_schema)?\b", text)]
-    return SCHEMAS[max(named, key=len)] if named else RunConfig
-
-
 def _explain(error: BaseException, source: _Source) -> str:
     """One line: the key, its value, what is wrong, the remedy."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
@@ -226,7 +252,7 @@ def _explain(error: BaseException, source: _Source) -> str:
     if cause is None or not cause.full_key:
         return _explain_composition(error, source)
     key = str(cause.full_key)
-    given = next((text for text in source.overrides if f"{_key_of(text)}.".startswith(f"{_bare(key)}.")), None)
+    given = next((text for text in source.overrides if f"{key_of(text)}.".startswith(f"{bare(key)}.")), None)
     file = re.match(r"In '([^']+)'", str(error))  # names the one file, of all that are inherited
     where = given or f"{file[1] if file else source.name}.yaml: {key}"
     first_line = str(cause).splitlines()[0]
@@ -243,15 +269,17 @@ def _explain(error: BaseException, source: _Source) -> str:
 
 
 def _explain_composition(error: BaseException, source: _Source) -> str:
-    text = str(error).strip().splitlines()[0]
+    file, text = f"{source.name}.yaml", reason(error)
+    if isinstance(error, RecursionError):
+        return f"{file}: its entries nest too deep, or refer to each other without an end; correct it or the overrides"
     if isinstance(error, MissingConfigException):
-        return (
-            f"{text}; 'defaults' may name {', '.join(recipe_names())} and the files beside it and in the folder above"
-        )
+        known = ", ".join(recipe_names())
+        return f"{file}: {text}; 'defaults' may name {known} and the files beside it and in the folder above"
     if text.startswith("Ambiguous value"):
         given = next((override for override in source.overrides if override in text), text)
-        return f"{given}: several values; for a list write {_key_of(given)}=[a,b], for text with a comma quote it"
-    blamed = " ".join(source.overrides) if type(error) is ValueError else f"{source.name}.yaml"
+        return f"{given}: several values; for a list write {key_of(given)}=[a,b], for text with a comma quote it"
+    in_overrides = type(error) is ValueError or text.startswith(("Could not override", "Could not delete"))
+    blamed = " ".join(source.overrides) if in_overrides and source.overrides else file
     return f"{blamed}: {text}; write overrides as key=value and the file as a mapping of keys"
 
 
@@ -261,22 +289,13 @@ def _omegaconf_cause(error: BaseException | None) -> OmegaConfBaseException | No
     return error
 
 
-def _key_of(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
-def _bare(key: str) -> str:
-    """``a.b[1]`` without the index."""
-    return re.sub(r"\[\d+\]", "", key)
-
-
 def _explain_unknown(given: str | None, where: str, key: str, schema: type[Any]) -> str:
-    full_key = _key_of(given) if given else key
+    full_key = key_of(given) if given else key
     trains = schema in (RunConfig, *SCHEMAS.values())
     for algorithm, other in SCHEMAS.items():
         if trains and other is not schema and full_key in _keys(other):
             return f"{where}: a key of {algorithm}, not of this run; use --config-name {algorithm}, or remove it"
-    close = _closest(full_key, _keys(schema))
+    close = closest(full_key, _keys(schema))
     if close is None:
         there = "--cfg job prints all keys" if trains else f"there are {', '.join(_keys(schema))}"
         return f"{where}: no such key; {there}"
@@ -289,18 +308,6 @@ def _explain_unknown(given: str | None, where: str, key: str, schema: type[Any])
         )
         return f"{where}: no such key; {remedy}"
     return f"{where}: no such key; did you mean {close}?"
-
-
-def _closest(key: str, keys: Iterable[str]) -> str | None:
-    keys = list(keys)
-    above = [known for known in keys if key.startswith(f"{known}.")]
-    if above:
-        return max(above, key=len)
-    last = key.rpartition(".")[2]
-    names = difflib.get_close_matches(last, {known.rpartition(".")[2] for known in keys}, n=3)
-    names = [last] if last in names else names
-    candidates = [known for known in keys if known.rpartition(".")[2] in names]
-    return max(candidates, key=lambda known: difflib.SequenceMatcher(None, key, known).ratio(), default=None)
 
 
 def _keys(schema: type[Any]) -> list[str]:
@@ -319,7 +326,7 @@ def _keys(schema: type[Any]) -> list[str]:
 
 def _expected(key: str, schema: type[Any]) -> str:
     """The type that ``key`` takes, in words."""
-    path, _, name = _bare(key).rpartition(".")
+    path, _, name = bare(key).rpartition(".")
     node: Any = OmegaConf.structured(schema)
     owner = OmegaConf.select(node, path) if path else node
     value = owner._get_node(name) if isinstance(owner, DictConfig) else None
@@ -328,7 +335,7 @@ def _expected(key: str, schema: type[Any]) -> str:
     words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
     if OmegaConf.is_list(value):
         element = value._metadata.element_type.__name__  # type: ignore[attr-defined]
-        return f"a list, each item {words[element]}: {_bare(key)}=[a,b]"
+        return f"a list, each item {words[element]}: {bare(key)}=[a,b]"
     if OmegaConf.is_dict(value):
         return f"keys below it: {key}.<key>=<value>"
     kind = getattr(value._metadata.ref_type, "__name__", str(value._metadata.ref_type))

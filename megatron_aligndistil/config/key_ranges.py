@@ -5,6 +5,8 @@ from __future__ import annotations
 CHOICES = {
     "trainer.accelerator": ("auto", "gpu", "cpu"),
     "trainer.precision": ("bf16-mixed", "32", "64"),
+    "exp_manager.checkpoint_callback_params.mode": ("min", "max"),
+    "exp_manager.checkpoint_callback_params.when_damaged": ("stop", "previous"),
     "model.activations_checkpoint_granularity": (None, "selective", "full"),
     "model.activations_checkpoint_method": (None, "uniform", "block"),
     "model.data.responses": ("chosen", "rejected", "both"),
@@ -32,7 +34,6 @@ AT_LEAST_ONE = (
     "trainer.devices",
     "trainer.max_epochs",
     "trainer.log_every_n_steps",
-    "trainer.timeout_minutes",
     "model.micro_batch_size",
     "model.global_batch_size",
     "model.tensor_model_parallel_size",
@@ -60,6 +61,7 @@ AT_LEAST_ONE = (
     "model.ppo.kl_horizon",
 )
 NOT_NEGATIVE = (
+    "trainer.straggler_report_every_n_steps",
     "trainer.val_check_interval",
     "trainer.gradient_clip_val",
     "exp_manager.checkpoint_callback_params.every_n_train_steps",
@@ -81,6 +83,7 @@ NOT_NEGATIVE = (
     "model.rto.beta1",
 )
 POSITIVE = (
+    "trainer.timeout_minutes",
     "model.optim.eps",
     "model.peft.lora_tuning.alpha",
     "model.dpo.beta",

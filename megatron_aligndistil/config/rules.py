@@ -219,6 +219,16 @@ def checkpoints_are_not_both_asked_for_and_off(config: RunConfig) -> str | None:
     return None
 
 
+def monitored_metric_is_validated(config: RunConfig) -> str | None:
+    monitor = config.exp_manager.checkpoint_callback_params.monitor
+    if monitor is None or (config.trainer.val_check_interval and config.model.data.data_prefix.validation):
+        return None
+    return (
+        f"exp_manager.checkpoint_callback_params.monitor={monitor}: a metric of validations, and there are none; set "
+        "trainer.val_check_interval and model.data.data_prefix.validation, or remove it"
+    )
+
+
 def wandb_settings_have_a_wandb_logger(config: RunConfig) -> str | None:
     manager = config.exp_manager
     given = {key: value for key, value in manager.wandb_logger_kwargs.items() if value is not None}
@@ -296,6 +306,7 @@ RULES: tuple[Rule, ...] = (
     training_data_is_named,
     validation_has_data,
     checkpoints_are_not_both_asked_for_and_off,
+    monitored_metric_is_validated,
     wandb_settings_have_a_wandb_logger,
     label_smoothing_keeps_the_preference,
     contrastive_reward_has_a_reverse_model,
