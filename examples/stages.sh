@@ -6,7 +6,7 @@
 #   extra    an array: overrides of every stage
 # shellcheck shell=bash
 
-# The command that trains; a Slurm job sets one that starts ranks on all nodes.
+# The command that trains: for Slurm one that submits a job, and ends as the job does.
 read -ra train <<<"${TRAIN:-aligndistil train}"
 
 # stage NAME [key=value ...]: train by <prefix>_<NAME>.yaml into RUNS/NAME. The exported model is a run's last output

@@ -6,7 +6,7 @@
 #   SFT_DATA   the same, of tldr
 #   RUNS       where results go; default: runs/tldr/FOLDER
 #   STAGES     some of the stages, as in STAGES="sft dpo reverse_dpo aligndistil"; default: all
-#   TRAIN      the command that trains; default: aligndistil train
+#   TRAIN      the command that trains; default: aligndistil train. For Slurm: aligndistil launch slurm --follow ...
 # A stage that has ended is skipped, one that was cut off goes on.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

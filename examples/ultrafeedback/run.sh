@@ -8,7 +8,7 @@
 #   REWARD_MODEL    a trained reward model, instead of the stage reward_model
 #   RUNS            where results go; default: runs/ultrafeedback/FOLDER
 #   STAGES          some of the stages, as in STAGES="dpo reverse_dpo aligndistil"; default: all
-#   TRAIN           the command that trains; default: aligndistil train
+#   TRAIN           the command that trains; default: aligndistil train. For Slurm: aligndistil launch slurm --follow ...
 # A stage that has ended is skipped, one that was cut off goes on.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

@@ -1,4 +1,4 @@
-"""Stand-ins on PATH for ``aligndistil``, ``srun``, ``torchrun`` and ``scontrol``, and what they were given."""
+"""Stand-ins on PATH for ``aligndistil train`` and Slurm's commands, and what they were given."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.unit.launch import slurm_stand_ins
+
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 # Notes its arguments and exports a model, unless it is to be cut off in that stage: then it leaves a checkpoint only.
 TRAINER = """
 import json, os, pathlib, sys
-argv = sys.argv[1:]
+argv = sys.argv[3:] if sys.argv[1] == "-m" else sys.argv[1:]
 assert argv[0] == "train", argv
 with open(os.environ["STUB_LOG"], "a") as log:
     log.write(json.dumps(argv[1:]) + "\\n")
@@ -26,24 +28,14 @@ if run.name == os.environ.get("STUB_CUT_OFF"):
 if run.name != os.environ.get("STUB_NO_EXPORT"):
     (run / "huggingface").mkdir()
 """
-SRUN = """
+# ``aligndistil launch`` is the real one; on its nodes the stand-in takes Python's place.
+PROGRAM = f"""
 import os, sys
-words = sys.argv[1:]
-while words[0].startswith("--"):
-    words.pop(0)
-os.execvp(words[0], words)
+if sys.argv[1] == "train":
+    os.execvp("trainer", ["trainer", *sys.argv[1:]])
+os.execv({sys.executable!r}, [{sys.executable!r}, "-m", "megatron_aligndistil", *sys.argv[1:], "slurm.python=trainer"])
 """
-TORCHRUN = """
-import json, os, sys
-words = sys.argv[1:]
-at = words.index("-m")
-assert words[at + 1] == "megatron_aligndistil", words
-with open(os.environ["STUB_LOG"] + ".torchrun", "a") as log:
-    log.write(json.dumps(words[:at]) + "\\n")
-os.execvp("aligndistil", ["aligndistil", *words[at + 2:]])
-"""
-SCONTROL = "print('node7'); print('node8')"
-PROGRAMS = {"aligndistil": TRAINER, "srun": SRUN, "torchrun": TORCHRUN, "scontrol": SCONTROL}
+PROGRAMS = {"aligndistil": PROGRAM, "trainer": TRAINER, **slurm_stand_ins.COMMANDS}
 
 
 @dataclass(frozen=True)
@@ -68,16 +60,13 @@ def value_of(argv: list[str], key: str) -> str:
 
 def run_script(folder: Path, command: list[str], **variables: str) -> Ended:
     """Run a script of ``examples`` in ``folder`` with the stand-ins first on PATH."""
-    programs = folder / "programs"
-    programs.mkdir(exist_ok=True)
-    for name, body in PROGRAMS.items():
-        (programs / name).write_text(f"#!{sys.executable} -S\n{body}")
-        (programs / name).chmod(0o755)
+    programs = slurm_stand_ins.install(folder / "programs", PROGRAMS)
     log = folder / "trained.jsonl"
     log.unlink(missing_ok=True)
     environment = {
         "PATH": f"{programs}:{os.environ['PATH']}",
         "STUB_LOG": str(log),
+        "SLURM_STAND_IN": str(folder / "slurm"),
         "HOME": str(folder),
         **variables,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 
@@ -20,7 +19,7 @@ STAGES = {
     ("ultrafeedback", "llama3-8b"): ULTRAFEEDBACK,
     ("tldr", "qwen2.5-1.5b"): ["sft", "reward_model", *ALIGNED, "ppo", "rto"],
 }
-SCRIPTS = sorted(path for pattern in ("*.sh", "*.sbatch") for path in EXAMPLES.rglob(pattern))
+SCRIPTS = sorted(path for path in EXAMPLES.rglob("*.sh"))
 
 
 def script(family: str) -> str:
@@ -108,16 +107,17 @@ def test_mistakes_are_refused_before_anything_runs(tmp_path, command, variables,
     assert message in ended.stderr
 
 
-def test_slurm_starts_torchrun_on_all_nodes_for_every_stage(tmp_path, model):
-    job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "2"}
-    command = [str(EXAMPLES / "slurm.sbatch"), script("ultrafeedback"), "llama3-8b", "model.seed=7"]
-    ended = run_script(tmp_path, command, MODEL=model, STAGES="dpo reverse_dpo aligndistil", **job)
+def test_under_slurm_every_stage_is_a_job_that_the_script_waits_for(tmp_path, model):
+    command = [script("ultrafeedback"), "llama3-8b", "model.seed=7"]
+    slurm = "aligndistil launch slurm --follow slurm.nodes=2 slurm.exclusive=true"
+    ended = run_script(tmp_path, command, MODEL=model, STAGES="dpo reverse_dpo aligndistil", TRAIN=slurm)
     assert ended.code == 0, ended.stderr
     assert ended.stages == ["dpo", "reverse_dpo", "aligndistil"]
-    assert all(argv[-2:] == ["model.seed=7", "trainer.num_nodes=2"] for argv in ended.trained)
-    words = [json.loads(line) for line in (tmp_path / "trained.jsonl.torchrun").read_text().splitlines()]
-    assert len(words) == 3
-    options = dict(zip(words[0][::2], words[0][1::2], strict=True))
-    assert options["--nnodes"] == "2"
-    assert options["--nproc-per-node"] == "8"
-    assert options["--rdzv-endpoint"] == "node7:23456"
+    for argv in ended.trained:
+        assert "model.seed=7" in argv
+        assert (value_of(argv, "trainer.num_nodes"), value_of(argv, "trainer.devices")) == ("2", "8")
+    calls = [call.split() for call in (tmp_path / "slurm" / "srun").read_text().splitlines()]
+    assert len(calls) == 3
+    assert all({"--nodes=2", "--ntasks=2"} <= set(call) for call in calls)
+    cut = run_script(tmp_path, command, MODEL=model, STAGES="kto tdpo1", TRAIN=slurm, STUB_CUT_OFF="kto")
+    assert (cut.code, cut.stages) == (1, ["kto"])

@@ -13,6 +13,7 @@ import yaml
 from megatron_aligndistil.config import compose
 from megatron_aligndistil.config.checks import check, check_model
 from megatron_aligndistil.config.schema import RunConfig
+from megatron_aligndistil.launch import slurm
 from tests.unit.examples.stubs import EXAMPLES, run_script
 from tests.unit.examples.test_chains import STAGES, script
 
@@ -158,3 +159,15 @@ def test_every_file_belongs_to_a_run(prefix):
     for path in files:
         inherited |= set(yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", []))
     assert {path.stem for path in files} <= stages | inherited
+
+
+def test_the_family_is_a_chain_of_slurm_jobs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    configs = str(EXAMPLES / "ultrafeedback" / "qwen2.5-1.5b")
+    argv = ["slurm", "--chain", "--print", "--config-dir", configs, "--config-name", "uf_aligndistil", "slurm.nodes=2"]
+    assert slurm.main([*argv, "model.restore_from_path=model"]) == 0
+    printed = capsys.readouterr().out
+    for stage in ("dpo", "reverse_dpo", "aligndistil"):
+        assert f"    --config-name uf_{stage}\n" in printed
+    assert printed.count("#SBATCH --gpus-per-node=8\n") == 2 + ("/evaluate.sbatch" in printed)
