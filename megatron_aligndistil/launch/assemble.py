@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from megatron_aligndistil.algorithms.algorithm import Algorithm
@@ -12,6 +15,7 @@ from megatron_aligndistil.algorithms.table import ALGORITHMS
 from megatron_aligndistil.checkpoint.adapter_config import state_entry
 from megatron_aligndistil.checkpoint.adapters import export_peft
 from megatron_aligndistil.checkpoint.hf_export import export_hf
+from megatron_aligndistil.checkpoint.integrity import newest_sound
 from megatron_aligndistil.checkpoint.locate import (
     CHECKPOINTS,
     complete_checkpoints,
@@ -19,7 +23,8 @@ from megatron_aligndistil.checkpoint.locate import (
     model_path,
     read_architecture,
 )
-from megatron_aligndistil.checkpoint.training import CheckpointHook, Provenance, resume
+from megatron_aligndistil.checkpoint.resume import resume
+from megatron_aligndistil.checkpoint.training import CheckpointHook, Provenance
 from megatron_aligndistil.config.base_schema import ExpManagerConfig
 from megatron_aligndistil.config.checks import check_model
 from megatron_aligndistil.config.compose import save_resolved
@@ -28,7 +33,8 @@ from megatron_aligndistil.data.collate import MicroBatching
 from megatron_aligndistil.data.examples import Coordination, ExampleSet, load_examples
 from megatron_aligndistil.data.sampler import BatchSampler
 from megatron_aligndistil.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from megatron_aligndistil.errors import CheckpointError, ConfigError
+from megatron_aligndistil.errors import CheckpointError, ConfigError, TrainingError
+from megatron_aligndistil.launch.log_folder import locked, log_directory
 from megatron_aligndistil.launch.models import DTYPES, frozen_models, lora_settings, model_settings, trained_chunks
 from megatron_aligndistil.launch.rollouts import RolloutModels, rollout_source
 from megatron_aligndistil.models.frozen import FrozenModel
@@ -37,32 +43,39 @@ from megatron_aligndistil.parallel import collectives, groups, setup
 from megatron_aligndistil.parallel.setup import Layout
 from megatron_aligndistil.trainer.experience import Estimator, ExperiencePasses
 from megatron_aligndistil.trainer.hooks import Hook
+from megatron_aligndistil.trainer.interruption import Interruption
 from megatron_aligndistil.trainer.loop import LoopSettings, Trainer
 from megatron_aligndistil.trainer.objective import CRITIC, POLICY, Learner, Objective
 from megatron_aligndistil.trainer.optimizer import prepare
 from megatron_aligndistil.trainer.reporting import MetricsFile, ProgressBar, TensorBoard, WeightsAndBiases
 from megatron_aligndistil.trainer.source import BatchSource, DatasetSource
+from megatron_aligndistil.trainer.stragglers import StragglerReport
 
 logger = logging.getLogger(__name__)
 
+# The watchdog says more than a process group that gives up, so it must come first.
+_GROUPS_PATIENCE = 2
 
-def run(config: RunConfig) -> None:
+
+def run(config: RunConfig, interruption: Interruption | None = None) -> None:
     """Train as ``config`` says, in this process of the group that the launcher started.
 
     Raises:
         UserError: bad input, in one line.
+        Preempted: ``interruption`` has ended it, with its state saved.
     """
     model = config.model
     layout = Layout.of(model)
-    setup.initialize(layout, model.seed, config.trainer.accelerator, config.trainer.timeout_minutes)
+    setup.initialize(layout, model.seed, config.trainer.accelerator, _GROUPS_PATIENCE * config.trainer.timeout_minutes)
+    log_dir = log_directory(config.exp_manager)
     try:
-        _train(config, layout)
+        with locked(log_dir) if groups.world().rank == 0 else nullcontext():
+            _train(config, layout, log_dir, interruption)
     finally:
         setup.shutdown()
 
 
-def _train(config: RunConfig, layout: Layout) -> None:
-    log_dir = log_directory(config.exp_manager)
+def _train(config: RunConfig, layout: Layout, log_dir: Path, interruption: Interruption | None) -> None:
     checkpoint = checkpoint_to_resume(config.exp_manager, log_dir)
     algorithm = ALGORITHMS[config.algorithm](config)
     check_model(config, read_architecture(config.model.restore_from_path))
@@ -89,14 +102,29 @@ def _train(config: RunConfig, layout: Layout) -> None:
         learners = _learners(config, algorithm, (chunks, critic, frozen), total_steps)
         provenance = _provenance(config, train, drawn)
         hooks = _hooks(config, log_dir, provenance)
-        trainer = Trainer(learners, source, _loop_settings(config, total_steps, log_dir), hooks)
+        trainer = Trainer(learners, source, _loop_settings(config, total_steps, log_dir), hooks, interruption)
         if checkpoint is not None:
             trainer.step = resume(learners, source, checkpoint, provenance)
             logger.info("resumed from %s after step %d", checkpoint, trainer.step)
-        trainer.fit()
+        with _storage_errors(log_dir):
+            trainer.fit()
     finally:
         source.close()
     _export(config, chunks, log_dir)
+
+
+@contextmanager
+def _storage_errors(log_dir: Path) -> Iterator[None]:
+    """What the disk does to a log or a metric, as one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+            raise
+        raise TrainingError(
+            f"{error.filename or log_dir}: cannot write ({error.strerror}); when it can be written, resume with "
+            "exp_manager.resume_if_exists=true"
+        ) from error
 
 
 def _learners(
@@ -130,24 +158,23 @@ def _export(config: RunConfig, chunks: list[HiddenStateModel], log_dir: Path) ->
         export_peft(chunks, model_path(base).resolve(), log_dir / "adapter")
 
 
-def log_directory(exp_manager: ExpManagerConfig) -> Path:
-    """Where the run's results go."""
-    return Path(exp_manager.explicit_log_dir or Path("runs") / exp_manager.name)
-
-
 def checkpoint_to_resume(exp_manager: ExpManagerConfig, log_dir: Path) -> Path | None:
     """The checkpoint to go on from, the same on every rank; None to start afresh.
 
     Raises:
         ConfigError: the run has checkpoints and wasn't told to resume, or has none and must.
+        CheckpointError: the newest is damaged.
     """
     complete = collectives.from_first_rank(complete_checkpoints(log_dir))
+    params = exp_manager.checkpoint_callback_params
     if exp_manager.resume_if_exists:
         if not complete and not exp_manager.resume_ignore_no_checkpoint:
             raise ConfigError(
                 f"exp_manager.resume_if_exists=true: {log_dir / CHECKPOINTS} holds no complete checkpoint; "
                 "set exp_manager.resume_ignore_no_checkpoint=true to start from the beginning"
             )
+        if complete and params.verify_on_load:
+            return newest_sound(complete, params.when_damaged)
         return complete[-1] if complete else None
     if complete:
         raise ConfigError(
@@ -231,6 +258,8 @@ def _hooks(config: RunConfig, log_dir: Path, provenance: Provenance) -> list[Hoo
             hooks.append(TensorBoard(log_dir, every))
         if exp.create_wandb_logger:
             hooks.append(WeightsAndBiases(log_dir, exp.name, exp.wandb_logger_kwargs, every))
+    if every_n_steps := config.trainer.straggler_report_every_n_steps if groups.world().size > 1 else 0:
+        hooks.append(StragglerReport(log_dir, every_n_steps))
     if exp.create_checkpoint_callback:
         metadata = metadata_source(config.model.restore_from_path)
         hooks.append(CheckpointHook(log_dir, metadata, provenance, exp.checkpoint_callback_params))

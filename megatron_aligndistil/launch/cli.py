@@ -8,11 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from megatron_aligndistil import __version__
 from megatron_aligndistil.config.schema import RunConfig
 from megatron_aligndistil.launch import failures, torchrun
 from megatron_aligndistil.launch.log import configure_logging
+from megatron_aligndistil.launch.log_folder import log_directory
+
+if TYPE_CHECKING:
+    from megatron_aligndistil.config.compose import Composer
 
 
 @dataclass(frozen=True)
@@ -34,27 +39,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failures.report(error)
 
 
-def train(argv: Sequence[str]) -> int:
-    """``aligndistil train``: compose and check the run, then be a rank of it or start its ranks."""
+def train(
+    argv: Sequence[str],
+    composer: Composer | None = None,
+    command: Sequence[str] = ("-m", "megatron_aligndistil", "train"),
+) -> int:
+    """``aligndistil train``: compose and check the run, then be a rank of it or start its ranks.
+
+    ``composer`` replaces Hydra's compose; ``command`` then names the module whose ``argv`` the ranks are started with.
+    """
     from megatron_aligndistil.config import checks, compose
 
     arguments = _train_parser(compose.recipe_names()).parse_intermixed_args(argv)
-    selected = (arguments.config_name, arguments.overrides, arguments.config_dir)
+    by = composer or compose.compose_api
+    selected = (arguments.config_name, arguments.overrides, arguments.config_dir, by)
     if arguments.cfg == "job":
         print(compose.describe_config(*selected), end="")
         return 0
     config = compose.load_config(*selected)
     checks.check(config)
+    log_directory(config.exp_manager)  # refuses two of them before any process starts
     placement = torchrun.placement_from(os.environ)
     configure_logging(0 if placement is None else placement.rank)
     if placement is None and config.trainer.num_nodes * config.trainer.devices > 1:
         _check_runtime(config)
-        return torchrun.launch(("-m", "megatron_aligndistil", "train", *argv), config)
+        return torchrun.launch((*command, *argv), config)
     with torchrun.entered(placement or torchrun.alone(), config):
         _check_runtime(config)
         from megatron_aligndistil.launch import assemble
+        from megatron_aligndistil.launch.watchdog import Watchdog
+        from megatron_aligndistil.trainer.interruption import Interruption
 
-        assemble.run(config)
+        watchdog = Watchdog(60 * config.trainer.timeout_minutes, log_directory(config.exp_manager))
+        with watchdog, Interruption().listening() as interruption:
+            assemble.run(config, interruption)
     return 0
 
 
@@ -97,6 +115,16 @@ COMMANDS = (
         _elsewhere("megatron_aligndistil.launch.analyze"),
     ),
     Command(
+        "launch",
+        "submit a run, or the whole recipe as a chain, to Slurm",
+        _elsewhere("megatron_aligndistil.launch.slurm"),
+    ),
+    Command(
+        "config-from-nemo",
+        "translate a NeMo-Aligner configuration, and list what has no equal",
+        _elsewhere("megatron_aligndistil.launch.config_from_nemo"),
+    ),
+    Command(
         "quickstart",
         "align a small model end to end on this machine",
         _elsewhere("megatron_aligndistil.launch.quickstart"),
@@ -105,7 +133,7 @@ COMMANDS = (
 
 
 def _parser() -> argparse.ArgumentParser:
-    summaries = "\n".join(f"  {command.name:<11}{command.summary}" for command in COMMANDS)
+    summaries = "\n".join(f"  {command.name:<18}{command.summary}" for command in COMMANDS)
     parser = argparse.ArgumentParser(
         prog=failures.PROGRAM,
         description="Token-level alignment of language models on Megatron-Core.",

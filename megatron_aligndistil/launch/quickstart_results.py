@@ -60,7 +60,9 @@ def evaluate(recipe: Recipe, folders: Folders, heldout: Sequence[Pair]) -> Outco
     answers: dict[str, list[str]] = {}
     for name in EVALUATED:
         folder = folders.initial_huggingface if name == "initial" else folders.exported(name)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        ).eval()
         predictions[name] = predict(model, sequences, BATCH)
         if name in SHOWN:
             answers[name] = greedy_answers(model, tokenizer, prompts, recipe.max_new_tokens, BATCH)

@@ -12,20 +12,35 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
+import psutil
+
+from megatron_aligndistil.config.base_schema import TrainerConfig
 from megatron_aligndistil.config.schema import RunConfig
 from megatron_aligndistil.errors import ConfigError
 from megatron_aligndistil.launch import failures
+from megatron_aligndistil.launch.log_folder import cannot_write, log_directory
 from megatron_aligndistil.parallel.lifetime import die_with
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
 
 logger = logging.getLogger(__name__)
 
-_LAUNCHER_PID = "ALIGNDISTIL_LAUNCHER_PID"
+# torchrun's own variables: where the launchers of several nodes meet, and the name of their meeting.
+RENDEZVOUS, RENDEZVOUS_NAME = "PET_RDZV_ENDPOINT", "PET_RDZV_ID"
+# A rank whose peer has failed gets this long to leave its own report.
+_SHUTDOWN_SECONDS = 10
+# A rank notices a signal only once it listens: until it ends it is told again.
+_REPEAT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,8 @@ def placement_from(environment: Mapping[str, str]) -> Placement | None:
     """Where a launcher has put this process; None where there is no launcher."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return Placement("torchrun", _variables_of_torchrun(environment))
+    if RENDEZVOUS in environment:
+        return None  # one of several launchers
     tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
     # A batch script has SLURM_PROCID=0 too, but it is no step: only srun starts one process a task.
     if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment and int(tasks) > 1:
@@ -76,8 +93,8 @@ def entered(placement: Placement, config: RunConfig) -> Iterator[None]:
             f"trainer.num_nodes={trainer.num_nodes} x trainer.devices={trainer.devices}: {asked} processes, but "
             f"{placement.launcher} started {placement.world_size}; change the keys or the launcher's number"
         )
-    if _LAUNCHER_PID in os.environ:
-        die_with(int(os.environ[_LAUNCHER_PID]))
+    if failures.LAUNCHER_PID in os.environ:
+        die_with(int(os.environ[failures.LAUNCHER_PID]))
     with _environment({**placement.variables, "LOCAL_WORLD_SIZE": str(trainer.devices)}):
         yield
 
@@ -86,42 +103,122 @@ def launch(command: Sequence[str], config: RunConfig) -> int:
     """Start ``trainer.devices`` ranks on this machine, wait for them, and return the exit code.
 
     ``command`` is what follows the Python interpreter: ``-m``, a module and its arguments, or a script and its.
-    SIGINT and SIGTERM are passed on to the ranks. A failure is presented as ``failures`` says.
+    On several nodes each has a launcher, which finds the others by PET_RDZV_ENDPOINT, as torchrun does.
+    SIGTERM and SIGUSR1 are passed on to the ranks, which end in their own time; SIGINT ends them.
+    A failure is presented as ``failures`` says.
     """
     trainer = config.trainer
-    if trainer.num_nodes > 1:
+    if trainer.num_nodes > 1 and RENDEZVOUS not in os.environ:
         raise ConfigError(
-            f"trainer.num_nodes={trainer.num_nodes}: no launcher has started this process; start it on every node, "
-            f"by srun with one task a rank or by torchrun --nnodes {trainer.num_nodes} -m megatron_aligndistil train"
+            f"trainer.num_nodes={trainer.num_nodes}: no launcher has started this process; start it on every node with "
+            f"{RENDEZVOUS}=<first node>:<port> set, or by srun with one task a rank, or by torchrun --nnodes "
+            f"{trainer.num_nodes} -m megatron_aligndistil train"
         )
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher.api import elastic_launch
 
     _silence(logging.getLogger("torch.distributed"))
-    with tempfile.TemporaryDirectory(prefix="aligndistil-") as folder:
-        settings = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=trainer.devices,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-        )
-        own = {failures.FAILURES_VARIABLE: folder, _LAUNCHER_PID: str(os.getpid()), **_threads(trainer.devices)}
-        with _environment(own), _kept_signal_handlers():
+    with _reports_folder(config) as folder, _Forwarding() as forwarding, _kept_signal_handlers():
+        own = {
+            failures.FAILURES_VARIABLE: str(folder),
+            failures.LAUNCHER_PID: str(os.getpid()),
+            **_threads(trainer.devices),
+        }
+        with _environment(own):
             try:
-                elastic_launch(settings, sys.executable)(*command)
+                elastic_launch(_settings(trainer, folder), sys.executable)(*command)
             except ChildFailedError as error:
                 exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-                return failures.present(Path(folder), exit_codes)
+                if forwarding.number is not None and set(exit_codes.values()) <= {-forwarding.number, -signal.SIGTERM}:
+                    return _ended_by(forwarding.number)
+                return failures.present(folder, exit_codes, failures.launcher_here(), trainer.num_nodes)
             except SignalException as error:
-                print(f"{failures.PROGRAM}: ended by {error.sigval.name}", file=sys.stderr, flush=True)
-                return 128 + error.sigval
+                return _ended_by(error.sigval)
+            except (RendezvousError, DistError) as error:  # the launcher that kept the meeting has ended
+                if trainer.num_nodes == 1:
+                    raise
+                print(f"{failures.PROGRAM}: {failures.lost_node(str(error))}", file=sys.stderr, flush=True)
+                return failures.BUG
     return 0
+
+
+def _ended_by(number: int) -> int:
+    print(f"{failures.PROGRAM}: ended by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+    return 128 + number
+
+
+def _settings(trainer: TrainerConfig, logs: Path) -> LaunchConfig:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    alone = trainer.num_nodes == 1
+    endpoint = "127.0.0.1:0" if alone else os.environ[RENDEZVOUS]
+    return LaunchConfig(
+        min_nodes=trainer.num_nodes,
+        max_nodes=trainer.num_nodes,
+        nproc_per_node=trainer.devices,
+        run_id=uuid.uuid4().hex if alone else os.environ.get(RENDEZVOUS_NAME, "aligndistil"),
+        rdzv_backend="c10d",
+        rdzv_endpoint=endpoint,
+        local_addr="127.0.0.1" if endpoint.startswith("127.0.0.1:") else None,
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs)),
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+        shutdown_timeout=_SHUTDOWN_SECONDS,
+    )
+
+
+@contextmanager
+def _reports_folder(config: RunConfig) -> Iterator[Path]:
+    """Where the ranks leave their reports: on several nodes a folder that all of them see."""
+    if config.trainer.num_nodes == 1:
+        with tempfile.TemporaryDirectory(prefix="aligndistil-") as folder:
+            yield Path(folder)
+        return
+    name = re.sub(r"\W+", "_", f"{os.environ[RENDEZVOUS]}_{os.environ.get(RENDEZVOUS_NAME, '')}")
+    shared = log_directory(config.exp_manager) / "reports" / name
+    try:
+        shared.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(shared.parents[1], error) from error
+    yield shared
+
+
+class _Forwarding:
+    """Passes SIGTERM and SIGUSR1 on to the children of this process; ``number`` is the signal that came."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._over = threading.Event()
+
+    def __enter__(self) -> _Forwarding:
+        numbers = (signal.SIGTERM, signal.SIGUSR1)
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        if self.number is not None:
+            failures.expect_no_more_signals()
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.number is None:
+            self.number = number
+            threading.Thread(target=self._pass_on, args=(number,), daemon=True).start()
+
+    def _pass_on(self, number: int) -> None:
+        launcher = psutil.Process()
+        while not self._over.is_set():
+            for rank in launcher.children():
+                with suppress(psutil.NoSuchProcess):
+                    rank.send_signal(number)
+            self._over.wait(_REPEAT_SECONDS)
 
 
 @contextmanager
@@ -141,7 +238,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 @contextmanager
 def _kept_signal_handlers() -> Iterator[None]:
     """Put back what torch's agent replaces and leaves behind."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         yield

@@ -66,7 +66,7 @@ def device_of(accelerator: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if present else torch.device("cpu")
 
 
-def initialize(layout: Layout, seed: int, accelerator: str = "auto", timeout_minutes: int = 30) -> torch.device:
+def initialize(layout: Layout, seed: int, accelerator: str = "auto", timeout_minutes: float = 30.0) -> torch.device:
     """Start torch.distributed (from torchrun's variables, or a world of one) and Megatron-Core's groups, and seed.
 
     Returns the device of this process.

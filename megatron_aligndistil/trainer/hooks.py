@@ -23,6 +23,9 @@ class Hook:
     def on_validation(self, trainer: Trainer, metrics: Metrics) -> None:
         """After a validation pass."""
 
+    def on_preempted(self, trainer: Trainer) -> None:
+        """A signal ends the run here, after step number ``trainer.step``."""
+
     def on_end(self, trainer: Trainer) -> None:
         """After the last step. Not called after an error."""
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_aligndistil.errors import TrainingError
+from megatron_aligndistil.errors import Preempted, TrainingError
 from megatron_aligndistil.parallel import groups
 from megatron_aligndistil.trainer.hooks import Hook
+from megatron_aligndistil.trainer.interruption import Interruption
 from megatron_aligndistil.trainer.metrics import PhaseClock, Totals, WorldMetrics, peak_memory_gib
 from megatron_aligndistil.trainer.objective import Learner
 from megatron_aligndistil.trainer.source import BatchSource
@@ -35,16 +36,23 @@ class LoopSettings:
 class Trainer:
     """Runs one algorithm. ``step`` counts finished optimizer steps.
 
-    learners  what is trained, all on the same micro-batches: the policy first
+    learners      what is trained, all on the same micro-batches: the policy first
+    interruption  asked before every step whether to stop there
     """
 
     def __init__(
-        self, learners: Sequence[Learner], source: BatchSource, settings: LoopSettings, hooks: Sequence[Hook]
+        self,
+        learners: Sequence[Learner],
+        source: BatchSource,
+        settings: LoopSettings,
+        hooks: Sequence[Hook],
+        interruption: Interruption | None = None,
     ) -> None:
         self.learners = list(learners)
         self.source = source
         self.settings = settings
         self.hooks = hooks
+        self.interruption = interruption or Interruption()
         self.step = 0
         self.device = next(self.learners[0].model.chunks[0].parameters()).device
         self._world = WorldMetrics(self.device)
@@ -60,6 +68,7 @@ class Trainer:
 
         Raises:
             TrainingError: a loss or gradient is not finite; the batch's origins are saved in the log folder.
+            Preempted: a signal has asked for it.
         """
         try:
             for hook in self.hooks:
@@ -68,6 +77,7 @@ class Trainer:
                 self.validate()
             ended_before = self.step >= self.settings.total_steps > 0
             while self.step < self.settings.total_steps:
+                self._stop_if_asked()
                 self._fit_step()
             if self.settings.val_after_training and not ended_before:
                 self.validate()
@@ -76,6 +86,16 @@ class Trainer:
         finally:
             for hook in self.hooks:
                 hook.close()
+
+    def _stop_if_asked(self) -> None:
+        signal = self.interruption.agreed(self.device)
+        if signal is not None:
+            for hook in self.hooks:
+                hook.on_preempted(self)
+            raise Preempted(
+                f"stopped by {signal.name} after step {self.step} of {self.settings.total_steps}; the same command "
+                "goes on from the newest checkpoint with exp_manager.resume_if_exists=true"
+            )
 
     def _fit_step(self) -> None:
         metrics = self.train_step()
@@ -111,6 +131,7 @@ class Trainer:
                 chunk.train()
             model.zero_grad()
             losses = objective.gradients(model.wrapped, batches, annotations)
+            clock.seconds[f"{prefix}gradient_sync_seconds"] = model.gradient_sync.seconds
             totals.add(losses, batches)
             metrics = self._world.reduce(f"{prefix}train", totals)
         if not math.isfinite(metrics["loss"]):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from megatron_aligndistil.parallel import collectives, groups
+from megatron_aligndistil.parallel import collectives, groups, heartbeat
 from megatron_aligndistil.types import Batch, LossOutput
 
 _BYTES_PER_GIB = 1024**3
@@ -95,9 +95,11 @@ class PhaseClock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time the block under ``<name>_seconds``, waiting for the device at its end."""
+        heartbeat.beat(name)
         start = time.perf_counter()
         yield
         torch.cuda.synchronize()
+        heartbeat.beat(f"after {name}")
         key = f"{name}_seconds"
         self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
 

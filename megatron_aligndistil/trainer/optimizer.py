@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -13,11 +15,27 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_aligndistil.config.base_schema import OptimConfig
 from megatron_aligndistil.models.policy import HiddenStateModel
+from megatron_aligndistil.parallel import heartbeat
 
 logger = logging.getLogger(__name__)
 
 # NeMo's scheduler names and Megatron-Core's decay styles.
 DECAY_STYLES = {"CosineAnnealing": "cosine", "WarmupAnnealing": "linear", "WarmupPolicy": "constant"}
+
+
+class GradientSync:
+    """Megatron-Core's exchange of gradients, which every rank enters when its own are done; ``seconds`` of the last."""
+
+    seconds = 0.0
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> None:
+        """Finish the gradients of a step."""
+        torch.cuda.synchronize()
+        heartbeat.beat("gradient_sync")
+        start = time.perf_counter()
+        finalize_model_grads(*arguments, **keywords)
+        torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - start
 
 
 @dataclass
@@ -28,6 +46,7 @@ class TrainedModel:
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    gradient_sync: GradientSync
 
     def zero_grad(self) -> None:
         """Clear gradients and DDP's buffers."""
@@ -48,8 +67,9 @@ def wrap(chunks: Sequence[HiddenStateModel], distributed_optimizer: bool) -> lis
         DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    sync = GradientSync()
     for chunk in chunks:
-        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.finalize_model_grads_func = sync
     return wrapped
 
 
@@ -75,7 +95,8 @@ def prepare(chunks: Sequence[HiddenStateModel], optim: OptimConfig, clip_grad: f
         wrapped,
     )
     chunks[0].config.grad_scale_func = optimizer.scale_loss
-    return TrainedModel(list(chunks), wrapped, optimizer, _scheduler(optimizer, optim, total_steps))
+    sync = chunks[0].config.finalize_model_grads_func
+    return TrainedModel(list(chunks), wrapped, optimizer, _scheduler(optimizer, optim, total_steps), sync)
 
 
 def _scheduler(optimizer: MegatronOptimizer, optim: OptimConfig, total_steps: int) -> OptimizerParamScheduler:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+from tests.faults.table import record
 from tests.integration.program import environment, records, write_pairs
 from tests.integration.test_vllm import INTERPRETER, a_model, pytestmark
 
@@ -117,4 +118,5 @@ def test_a_killed_engine_costs_nothing_but_time(arguments: tuple[str, ...], tmp_
         assert after["rollout/logprob_gap"] < 1e-4
         assert after["response_tokens"] == before["response_tokens"]
         assert after["loss"] == before["loss"]
+    record("vLLM engine killed", 1, 1, 1)
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or ())]

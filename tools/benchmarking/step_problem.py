@@ -91,7 +91,7 @@ def make_models(folder: Path, policy: str | None, teachers: Sequence[str]) -> tu
         dpo, reverse_dpo = teachers
         return policy, dpo, reverse_dpo
     for name in ("dpo", "reverse_dpo"):
-        model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32, trust_remote_code=False)
         with torch.no_grad():
             for weight in model.parameters():
                 spread = float(weight.std()) if weight.numel() > 1 else 0.0

@@ -51,7 +51,7 @@ def test_a_wrong_command_line(given, capsys):
 
 
 def test_help_and_version(capsys):
-    for given in (["--help"], ["train", "--help"], ["--version"]):
+    for given in (["--help"], ["train", "--help"], ["launch", "--help"], ["--version"]):
         with pytest.raises(SystemExit) as caught:
             cli.main(given)
         assert caught.value.code == 0

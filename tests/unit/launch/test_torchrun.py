@@ -62,6 +62,7 @@ def test_steps_of_a_job_get_ports_of_their_own():
         {},
         {name: value for name, value in SRUN.items() if "STEP" not in name},  # the batch script itself
         {**SRUN, "SLURM_STEP_NUM_TASKS": "1"},  # an interactive shell
+        {**SRUN, "PET_RDZV_ENDPOINT": "gpu003:29400"},  # a launcher a node
     ],
 )
 def test_nobody_has_started_ranks(environment):
@@ -106,5 +107,7 @@ def test_the_environment_is_restored(monkeypatch):
 
 
 def test_many_nodes_need_a_launcher():
-    with pytest.raises(ConfigError, match=r"trainer.num_nodes=2: no launcher .* srun .* torchrun --nnodes 2"):
+    with pytest.raises(
+        ConfigError, match=r"trainer.num_nodes=2: no launcher .* PET_RDZV_ENDPOINT.* srun .* torchrun --nnodes 2"
+    ):
         torchrun.launch(["-c", "pass"], config_of(2, 8))
