@@ -155,11 +155,13 @@ def lost_node(reason: str) -> str:
 
 def _told(failures: list[Failure], launcher: str, nodes: int) -> str:
     first, others = failures[0], len(failures) - 1
+    if first.kind == "preemption":  # every rank says the same, and another node's launcher may be gone already
+        return next((own.text for own in failures if own.launcher == launcher), first.text)
     if first.launcher != launcher:
         return f"ended with rank {first.rank}, whose node's log says why"
     if first.kind == "user error":
         return f"error: {first.text}"
-    if first.kind in ("hang", "preemption"):
+    if first.kind == "hang":
         return first.text
     if first.kind == "peer loss" and nodes > 1:
         return lost_node(first.text.splitlines()[-1])

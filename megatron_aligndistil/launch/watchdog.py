@@ -67,6 +67,8 @@ class Watchdog:
 
     def __exit__(self, *exception: object) -> None:
         self._over.set()
+        # Python ends daemon threads at exit, and one that is inside the store's C++ then aborts the process.
+        self._thread.join(_POLL_SECONDS)
 
     def _watch(self) -> None:
         while not self._over.wait(min(_POLL_SECONDS, self.limit_seconds / 4)):

@@ -191,7 +191,9 @@ class StartedServer(Server):
         if self.interpreter.on_gpu:
             memory = ["--gpu-memory-utilization", str(self._settings.gpu_memory_utilization)]
             return [*memory, *(["--enable-sleep-mode"] if self._settings.sleep else [])]
-        return ["--kv-cache-memory-bytes", str(int(self._settings.kv_cache_gib * 2**30))]
+        # A prompt that is cut over two passes sets back its seeded generator, which vLLM's CPU ones cannot do.
+        whole = "--no-enable-chunked-prefill"
+        return ["--kv-cache-memory-bytes", str(int(self._settings.kv_cache_gib * 2**30)), whole]
 
     def _environment(self, visible: Path) -> dict[str, str]:
         kept = {

@@ -86,7 +86,8 @@ def start(folder: Path, **settings: Any) -> VLLMEngine:
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator[VLLMEngine]:
     began = time.monotonic()
-    started = start(folder, max_restarts=1)
+    # One long prompt a pass.
+    started = start(folder, max_restarts=1, extra_args=["--max-num-batched-tokens", str(LIMIT)])
     print(f"vLLM was ready after {time.monotonic() - began:.1f} s")
     yield started
     started.close()
@@ -129,6 +130,15 @@ def give(engine: VLLMEngine, weights: Mapping[str, torch.Tensor], buckets: int =
     for first in range(0, len(names), size):
         engine.load({name: weights[name].double() for name in names[first : first + size]})
     engine.end_update()
+
+
+def test_long_prompts_are_drawn_after_with_their_seeds(engine: VLLMEngine) -> None:
+    """More of them than a pass takes."""
+    prompts = [np.arange(100, dtype=np.int32) * 7 % 280 + 3 + i for i in range(5)]
+    asked = [Request(prompt, seed=i) for i, prompt in enumerate(prompts)]
+    few = Sampling(max_new_tokens=4, temperature=1.0, top_p=1.0, top_k=0, stop_token_ids=(1,))
+    together = engine.generate(asked, few)
+    assert tokens(together) == [tokens(engine.generate([own], few))[0] for own in asked]
 
 
 def moved(folder: Path, seed: int) -> Any:
