@@ -9,6 +9,8 @@ ROOT = Path(__file__).parent
 README = ROOT / "README.md"
 VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "megatron_aligndistil" / "__init__.py").read_text())
 assert VERSION is not None
+# alpaca-eval calls what scikit-learn 1.10 has no more, and pkg_resources, which left setuptools with 82.
+EVALUATION = ["alpaca-eval==0.6.6", "scikit-learn>=1.5,<1.10", "setuptools>=77.0.3,<82"]
 
 setup(
     name="megatron-aligndistil",
@@ -31,6 +33,7 @@ setup(
         "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26",
         "omegaconf>=2.3,<2.4",
+        "openai>=1.55,<4",  # asks judges
         "psutil>=5.9",  # mcore's checkpoint writers hang without it
         "pybind11>=2.12",  # mcore's index helpers
         "pyyaml>=6.0",
@@ -45,12 +48,15 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         # It wants Hydra 1.3.2 at the most. 'make nemo' builds an environment for it.
         "nemo": ["nemo-toolkit[core]>=3.0.0", "einops>=0.8"],
+        # AlpacaEval 2 by its own library.
+        "evaluation": EVALUATION,
         "wandb": ["wandb>=0.17"],
         # On GPUs. Without one, 'make vllm' builds an environment for it.
         "vllm": ["vllm>=0.32,<0.33"],
         # What tools/benchmark_kernels.py compares with.
         "bench": ["liger-kernel>=0.8.5,<0.9", "nvidia-modelopt>=0.47,<0.48"],
         "dev": [
+            *EVALUATION,
             "hypothesis>=6.100",
             "mypy>=1.13",
             "peft>=0.21,<0.22",  # reads and writes the adapters that ours are compared with

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from operator import attrgetter
-from pathlib import Path
 
 from megatron_aligndistil.config.analysis_schema import (
     AnalysisConfig,
-    AnswerRewardConfig,
-    CompareAnalysisConfig,
+    AnalysisModelConfig,
+    AnalysisTrainerConfig,
     ExtrapolationAnalysisConfig,
     RewardAccuracyAnalysisConfig,
     TokensAnalysisConfig,
@@ -20,11 +17,22 @@ from megatron_aligndistil.config.layout_rules import LAYOUT_RULES
 from megatron_aligndistil.config.reward_keys import REWARD_KEYS, reward_complaint
 from megatron_aligndistil.config.rules import (
     CHOICE_AND_RANGE_RULES,
-    DATA_FILE_SUFFIXES,
     packed_row_holds_the_longest_example,
     prompt_leaves_room_for_a_response,
 )
 from megatron_aligndistil.config.schema import RunConfig
+from megatron_aligndistil.config.value_rules import (
+    at_least_one,
+    check_output,
+    given,
+    limit,
+    missing_data,
+    missing_paths,
+    not_negative,
+    positive,
+    share,
+    unusable_values,
+)
 from megatron_aligndistil.errors import ConfigError
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -35,37 +43,36 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "analysis.weight": ("adaptive", "constant"),
     "analysis.colour": ("alpha", "tvd", "reward", "kl_to_teacher", "kl_to_dpo"),
 }
-AT_LEAST_ONE = (
-    "analysis.bootstrap_samples",
-    "analysis.max_new_tokens",
-    "analysis.sampling.max_new_tokens",
-    "analysis.sampling.hf_batch_size",
-    "analysis.sampling.sync_bucket_mib",
-    "analysis.judge.max_tokens",
-    "analysis.judge.timeout_seconds",
-    "analysis.judge.attempts",
-    "analysis.judge.concurrency",
-)
-NOT_NEGATIVE = ("analysis.seed", "analysis.sampling.temperature", "analysis.sampling.top_k")
-POSITIVE = (
-    "analysis.beta0",
-    "analysis.alpha",
-    "analysis.epsilon",
-    "analysis.tvd_scale",
-    "analysis.reward.beta0",
-    "analysis.reward.clip",
+BOUNDS = (
+    at_least_one(
+        "analysis.bootstrap_samples",
+        "analysis.max_new_tokens",
+        "analysis.sampling.max_new_tokens",
+        "analysis.sampling.hf_batch_size",
+        "analysis.sampling.sync_bucket_mib",
+    ),
+    not_negative("analysis.seed", "analysis.sampling.temperature", "analysis.sampling.top_k"),
+    positive(
+        "analysis.beta0",
+        "analysis.alpha",
+        "analysis.epsilon",
+        "analysis.tvd_scale",
+        "analysis.reward.beta0",
+        "analysis.reward.clip",
+    ),
+    limit("analysis.limit"),
+    share("analysis.sampling.top_p"),
 )
 REWARD_PATHS = ("path", "dpo_path", "reverse_dpo_path", "initial_path")
 
 
-def as_run(config: AnalysisConfig, first_model: str) -> RunConfig:
+def as_run(trainer: AnalysisTrainerConfig, model: AnalysisModelConfig, first_model: str) -> RunConfig:
     """The run of the same layout and lengths, checked; ``first_model`` is the one whose tokenizer reads the data.
 
     Raises:
         ConfigError: a value or a combination that no run takes.
     """
-    trainer, model = config.trainer, config.model
-    shared = {name: value for name, value in vars(model).items() if name != "data"}
+    shared = {name: value for name, value in vars(model).items() if name not in ("data", "restore_from_path")}
     run = RunConfig(
         trainer=TrainerConfig(**vars(trainer)),
         model=ModelConfig(restore_from_path=first_model, **shared, data=DataConfig(**vars(model.data))),
@@ -83,12 +90,9 @@ def as_run(config: AnalysisConfig, first_model: str) -> RunConfig:
 
 def check(config: AnalysisConfig) -> None:
     """Raise ConfigError for a value of the analysis's own that cannot be used."""
-    for complaint in (*_values(config), *_paths(config), *_of_kind(config)):
+    for complaint in (*unusable_values(config, CHOICES, BOUNDS), *_paths(config), *_of_kind(config)):
         raise ConfigError(complaint)
-    output = Path(config.output).expanduser()
-    existing = next(path for path in (output, *output.resolve().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"output={config.output}: no folder can be made there; name another")
+    check_output(config.output)
 
 
 def _raise(complaint: str | None) -> None:
@@ -96,59 +100,22 @@ def _raise(complaint: str | None) -> None:
         raise ConfigError(complaint)
 
 
-def _values(config: AnalysisConfig) -> Iterator[str]:
-    for key, choices in CHOICES.items():
-        for value in _given(config, key):
-            if value not in choices:
-                allowed = ", ".join("null" if choice is None else choice for choice in choices)
-                yield f"{key}={value}: not a value of this key; choose one of {allowed}"
-    bounds = (
-        (AT_LEAST_ONE, lambda number: number >= 1, "at least 1"),
-        (NOT_NEGATIVE, lambda number: number >= 0, "0 or more"),
-        (POSITIVE, lambda number: number > 0, "greater than 0"),
-        (("analysis.limit",), lambda number: number == -1 or number >= 1, "-1 (all) or at least 1"),
-        (("analysis.sampling.top_p",), lambda number: 0 < number <= 1, "in (0, 1]"),
-    )
-    for keys, holds, words in bounds:
-        for key in keys:
-            for value in _given(config, key):
-                if value is not None and (not holds(value) or value == float("inf")):
-                    yield f"{key}={value}: out of range; must be {words}"
-
-
-def _given(config: AnalysisConfig, key: str) -> list[object]:
-    """The value of ``key``, where this analysis has such a key."""
-    try:
-        return [attrgetter(key)(config)]
-    except AttributeError:
-        return []
-
-
 def _paths(config: AnalysisConfig) -> Iterator[str]:
     models = getattr(config, "models", {})
     named = models if isinstance(models, dict) else vars(models)
     paths = {f"models.{name}": path for name, path in named.items()}
-    for reward in _given(config, "analysis.reward"):
+    for reward in given(config, "analysis.reward"):
         paths |= {f"analysis.reward.{name}": getattr(reward, name) for name in REWARD_PATHS}
-    paths |= {
-        key: value for key in ("analysis.judge.prompt", "model.data.chat_template") for value in _given(config, key)
-    }
-    for key, path in paths.items():
-        if path is not None and not Path(path).expanduser().exists():
-            yield f"{key}={path}: no such file or folder; correct the path"
+    paths["model.data.chat_template"] = config.model.data.chat_template
+    yield from missing_paths(paths)
     for key in ("train", "test", "prompts", "data"):
-        for names in _given(config, f"analysis.{key}"):
-            for name in names:  # type: ignore[attr-defined]
-                looks_local = name.endswith(DATA_FILE_SUFFIXES) or name.startswith(("/", "./", "../", "~"))
-                if looks_local and not Path(name).expanduser().exists():
-                    yield f"analysis.{key}: {name}: no such file or folder; correct the path"
+        for names in given(config, f"analysis.{key}"):
+            yield from missing_data(f"analysis.{key}", names)
 
 
 def _of_kind(config: AnalysisConfig) -> Iterator[str]:
     if isinstance(config, RewardAccuracyAnalysisConfig):
         yield from _reward_accuracy(config)
-    elif isinstance(config, CompareAnalysisConfig):
-        yield from _compare(config)
     elif isinstance(config, ExtrapolationAnalysisConfig):
         yield from _extrapolation(config)
     elif isinstance(config, TokensAnalysisConfig):
@@ -166,21 +133,6 @@ def _reward_accuracy(config: RewardAccuracyAnalysisConfig) -> Iterator[str]:
         )
 
 
-def _compare(config: CompareAnalysisConfig) -> Iterator[str]:
-    names, judge = ", ".join(config.models) or "none", config.analysis.judge
-    if config.analysis.baseline not in config.models:
-        yield f"analysis.baseline={config.analysis.baseline}: not one of the models {names}; correct the name"
-    if len(config.models) < 2:
-        yield f"models: {names}; give two or more, the baseline among them: +models.sft=<path> +models.aligned=<path>"
-    yield from _answers(config, config.analysis.reward, config.analysis.prompts)
-    if config.analysis.reward.source is None and judge.base_url is None:
-        yield "analysis.reward.source=null: nothing to compare by; set it, or analysis.judge.base_url"
-    if (judge.base_url is None) != (judge.model is None):
-        yield f"analysis.judge.base_url={judge.base_url}, analysis.judge.model={judge.model}: set both, or neither"
-    if judge.api_key_variable is not None and judge.api_key_variable not in os.environ:
-        yield f"analysis.judge.api_key_variable={judge.api_key_variable}: no such environment variable; export it"
-
-
 def _extrapolation(config: ExtrapolationAnalysisConfig) -> Iterator[str]:
     settings = config.analysis
     if not settings.constants and not settings.adaptive:
@@ -190,20 +142,14 @@ def _extrapolation(config: ExtrapolationAnalysisConfig) -> Iterator[str]:
             yield f"analysis.constants: {constant}: out of range; must be greater than 0"
     if len(set(settings.constants)) < len(settings.constants):
         yield f"analysis.constants={settings.constants}: one is named twice; remove it"
-    yield from _answers(config, settings.reward, settings.prompts)
-    if settings.reward.source is None:
-        yield "analysis.reward.source=null: no reward to compare by; choose model, contrastive, vanilla or function"
-
-
-def _answers(
-    config: CompareAnalysisConfig | ExtrapolationAnalysisConfig, reward: AnswerRewardConfig, prompts: list[str]
-) -> Iterator[str]:
-    if not prompts:
+    if not settings.prompts:
         yield "analysis.prompts=[]: no prompts; name files, folders or hub data sets, such as [test.jsonl]"
-    yield from _room(config, "analysis.sampling.max_new_tokens", config.analysis.sampling.max_new_tokens)
-    complaint = reward_complaint("analysis.reward", reward)
+    yield from _room(config, "analysis.sampling.max_new_tokens", settings.sampling.max_new_tokens)
+    complaint = reward_complaint("analysis.reward", settings.reward)
     if complaint is not None:
         yield complaint
+    if settings.reward.source is None:
+        yield "analysis.reward.source=null: no reward to compare by; choose model, contrastive, vanilla or function"
 
 
 def _tokens(config: TokensAnalysisConfig) -> Iterator[str]:

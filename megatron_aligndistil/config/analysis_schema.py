@@ -125,40 +125,6 @@ class AnswerRewardConfig:
 
 
 @dataclass(kw_only=True)
-class JudgeConfig:
-    """``analysis.judge``: a model behind an OpenAI-compatible endpoint that compares two answers, in both orders."""
-
-    base_url: OptionalStr = None  # such as http://host:8000/v1; null: no judge
-    model: OptionalStr = None
-    api_key_variable: OptionalStr = None  # environment variable that holds the key
-    prompt: OptionalStr = None  # a text file with {question}, {answer_a} and {answer_b}; default: a built-in one
-    max_tokens: int = 512
-    timeout_seconds: int = 120
-    attempts: int = 3  # of a request that fails
-    concurrency: int = 8
-
-
-@dataclass(kw_only=True)
-class CompareConfig:
-    """``analysis`` of compare (paper Table 4)."""
-
-    prompts: list[str] = field(default_factory=list)  # files, folders, hub names
-    limit: int = -1  # prompts, drawn with the seed; -1: all
-    baseline: str = "sft"  # its name among the models
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    reward: AnswerRewardConfig = field(default_factory=AnswerRewardConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
-    bootstrap_samples: int = 2000
-    seed: int = 1234
-
-
-@dataclass(kw_only=True)
-class CompareAnalysisConfig(AnalysisConfig):
-    models: dict[str, str] = field(default_factory=dict)  # name: path
-    analysis: CompareConfig = field(default_factory=CompareConfig)
-
-
-@dataclass(kw_only=True)
 class ExtrapolationTrainingConfig:
     """``analysis.training``: the user's run, of which weight, alpha and the log folder are set for each variant."""
 
@@ -222,6 +188,5 @@ class TokensAnalysisConfig(AnalysisConfig):
 ANALYSES: dict[str, type[AnalysisConfig]] = {
     "reward_accuracy": RewardAccuracyAnalysisConfig,
     "extrapolation": ExtrapolationAnalysisConfig,
-    "compare": CompareAnalysisConfig,
     "tokens": TokensAnalysisConfig,
 }

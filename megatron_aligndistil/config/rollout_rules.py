@@ -8,6 +8,7 @@ from megatron_aligndistil.config.reward_keys import reward_complaint
 from megatron_aligndistil.config.rollout_schema import RolloutConfig
 from megatron_aligndistil.config.rollout_sizes import RolloutSizes
 from megatron_aligndistil.config.schema import AlignDistilModelConfig, PPOModelConfig, RunConfig
+from megatron_aligndistil.config.vllm_keys import vllm_complaint
 
 
 def rollout_of(config: RunConfig) -> RolloutConfig | None:
@@ -107,19 +108,7 @@ def kl_adapts_in_small_steps(config: RunConfig) -> str | None:
 
 def vllm_settings_fit_its_engine(config: RunConfig) -> str | None:
     rollout = rollout_of(config)
-    if rollout is None:
-        return None
-    vllm = rollout.vllm
-    if vllm.base_url is not None:
-        for key in ("port", "python"):
-            if getattr(vllm, key) is not None:
-                return (
-                    f"model.rollout.vllm.{key}={getattr(vllm, key)}: has no effect with model.rollout.vllm.base_url="
-                    f"{vllm.base_url}, which runs already; remove one of them"
-                )
-        if rollout.engine != "vllm":
-            return f"model.rollout.vllm.base_url={vllm.base_url}: add model.rollout.engine=vllm, or remove it"
-    return None
+    return None if rollout is None else vllm_complaint("model.rollout", rollout)
 
 
 ROLLOUT_RULES: tuple[Callable[[RunConfig], str | None], ...] = (

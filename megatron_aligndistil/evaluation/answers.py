@@ -17,7 +17,7 @@ from megatron_aligndistil.evaluation.intervals import Estimate, bootstrap_mean
 class Answers:
     """A model's answers.
 
-    lengths_P  tokens, the end token included
+    lengths_P  tokens, the end token included; NaN where they aren't known
     scores_P   rewards; None where there is no reward
     """
 
@@ -61,7 +61,7 @@ def wins(scores_P: np.ndarray, baseline_P: np.ndarray) -> np.ndarray:
 
 def compare(
     answers: Mapping[str, Answers],
-    baseline: str,
+    baseline: str | None,
     verdicts: Mapping[str, Verdicts],
     samples: int,
     seed: int,
@@ -69,6 +69,7 @@ def compare(
 ) -> list[ModelRow]:
     """The table's rows, in the order of ``answers``; intervals are bootstrapped over the prompts.
 
+    baseline  whom win rates are over; None for no win rates
     others  column → model → further values a prompt [P], whose means are shown
     """
 
@@ -81,7 +82,7 @@ def compare(
         ties = None
         if own.scores_P is not None:
             reward = mean(own.scores_P)
-            base_P = answers[baseline].scores_P
+            base_P = None if baseline is None else answers[baseline].scores_P
             if name != baseline and base_P is not None:
                 won_P = wins(own.scores_P, base_P)
                 won, ties = mean(won_P), int((won_P == 0.5).sum())
@@ -89,7 +90,8 @@ def compare(
         judged = None if verdict is None else mean(verdict.won_P[~np.isnan(verdict.won_P)])
         further = {column: mean(values[name]) for column, values in (others or {}).items() if name in values}
         unreadable = None if verdict is None else verdict.unreadable
-        rows.append(ModelRow(name, mean(own.lengths_P), reward, won, judged, ties, unreadable, further))
+        length = mean(own.lengths_P[~np.isnan(own.lengths_P)])
+        rows.append(ModelRow(name, length, reward, won, judged, ties, unreadable, further))
     return rows
 
 

@@ -1,135 +1,241 @@
-"""A judge: a language model behind an OpenAI-compatible endpoint that says which of two answers is better."""
+"""A judge: a language model behind an OpenAI-compatible endpoint, asked through OpenAI's own client."""
 
 from __future__ import annotations
 
-import http.client
-import json
-import re
-import time
+import logging
+import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from megatron_aligndistil.errors import ConfigError, DataError
-from megatron_aligndistil.evaluation.answers import Verdicts, mean_of_orders
+from tqdm import tqdm
 
-KEY = "analysis.judge"
-PROMPT = """You compare two answers to the same question. Judge how helpful, correct and fitting each is; neither \
-their order nor their length counts.
+from megatron_aligndistil.config.json_text import parse_json
+from megatron_aligndistil.errors import ConfigError, DataError, reason
+from megatron_aligndistil.evaluation.content_cache import ContentCache, key_of
+from megatron_aligndistil.types import Message
 
-[Question]
-{question}
+if TYPE_CHECKING:
+    import openai
 
-[Answer A]
-{answer_a}
+logger = logging.getLogger(__name__)
 
-[Answer B]
-{answer_b}
-
-End with one line: [[A]] if answer A is better, [[B]] if answer B is better, or [[C]] if they are equally good."""
-FIELDS = ("{question}", "{answer_a}", "{answer_b}")
-VERDICT = re.compile(r"\[\[([ABC])\]\]")
-QUOTED = 200
-PAUSE_SECONDS = 1.0  # before the second attempt; doubled with each
+# Of one request alone, such as a prompt longer than the judge's context: the others are still worth asking.
+_REFUSES_REQUEST = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY)
+_HOPELESS = 5  # requests skipped before any was answered
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt's text, the model's answer and the baseline's."""
+class ChatRequest:
+    """What a judge is asked. ``top_logprobs``: how many likely tokens it tells at each place; None for none."""
 
-    prompt: str
-    answer: str
-    baseline: str
+    messages: tuple[Message, ...]
+    max_tokens: int
+    temperature: float = 0.0
+    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Where it is, and what it is asked. ``prompt`` has the fields {question}, {answer_a} and {answer_b}."""
+class ChatReply:
+    """What a judge said. ``choice`` is the reply's ``choices[0]``; tokens are 0 where the endpoint doesn't tell."""
+
+    choice: Mapping[str, Any]
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def text(self) -> str:
+        """Its words; empty where it said none."""
+        content = self.choice["message"]["content"]
+        return content if isinstance(content, str) else ""
+
+
+@dataclass
+class Usage:
+    """Requests by what became of them, and tokens of those answered now."""
+
+    answered: int = 0
+    cached: int = 0
+    skipped: int = 0  # refused by themselves, or answered by something that isn't a chat completion
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a judge is, and how it is asked; messages name its keys under ``key``."""
 
     base_url: str
     model: str
-    prompt: str = PROMPT
-    api_key: str | None = None
-    max_tokens: int = 512
+    api_key: str | None = field(default=None, repr=False)
     timeout_seconds: float = 120.0
-    attempts: int = 3
+    attempts: int = 6
     concurrency: int = 8
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    key: str = "judge"
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"{KEY}.base_url={self.base_url}: not of the form http://host:port/v1")
-        missing = [name for name in FIELDS if name not in self.prompt]
-        if missing:
-            raise ConfigError(f"{KEY}.prompt: lacks {' and '.join(missing)}; write all of {', '.join(FIELDS)} into it")
+            raise ConfigError(f"{self.key}.base_url={self.base_url}: not of the form http://host:port/v1")
 
-    def verdicts(self, questions: Sequence[Question]) -> tuple[Verdicts, list[tuple[str, str]]]:
-        """Who wins each question, asked in both orders; and what the judge wrote, the model's answer first then second.
+
+class Judge:
+    """Asks an endpoint; replies are kept by content in ``cache``. ``usage`` counts since it was made."""
+
+    def __init__(self, endpoint: Endpoint, cache: ContentCache) -> None:
+        self.endpoint, self.usage = endpoint, Usage()
+        self._cache, self._lock = cache, threading.Lock()
+        self._failure = ""
+
+    def check(self) -> None:
+        """Raise DataError where nobody answers at the address, before anything is made for it."""
+        import openai
+
+        client = self._client()
+        try:
+            listed = [model.id for model in client.models.list()]
+        except openai.APIConnectionError as error:
+            raise self._error(_cause(error)) from error
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise self._error(reason(error)) from error
+        except Exception as error:  # an endpoint need not serve its list of models, nor one that can be read
+            logger.info("the judge's list of models cannot be read: %s", reason(error))
+            return
+        if listed and self.endpoint.model not in listed:
+            shown = ", ".join(listed[:5])
+            raise DataError(
+                f"{self.endpoint.key}.model={self.endpoint.model}: {self.endpoint.base_url} serves {shown}; name one"
+            )
+
+    def ask(self, requests: Sequence[ChatRequest], what: str = "judgments") -> list[ChatReply | None]:
+        """The replies in order; None for a request that alone is refused, or that gets no chat completion.
+
+        What was answered before is not asked again, nor is a request that is there twice. Busy or failing endpoints
+        are asked again with growing pauses.
 
         Raises:
-            DataError: the endpoint refuses a request, or fails as often as it is asked.
+            DataError: the endpoint cannot be reached, refuses the key, fails as often as it is asked, or has refused
+                the first requests one and all.
         """
-        pool = ThreadPoolExecutor(min(self.concurrency, max(1, 2 * len(questions))), thread_name_prefix="judge")
+        made_of = [self._made_of(request) for request in requests]
+        keys = [key_of(own) for own in made_of]
+        replies: dict[str, ChatReply | None] = {}
+        for key, own in zip(keys, made_of, strict=True):
+            if key not in replies and (value := self._cache.get(own)) is not None:
+                replies[key] = ChatReply(**value)
+        self.usage.cached += len(replies)
+        missing = {
+            key: (own, request) for key, own, request in zip(keys, made_of, requests, strict=True) if key not in replies
+        }
+        if missing:
+            replies |= self._ask_all(missing, what)
+        return [replies[key] for key in keys]
+
+    def _ask_all(
+        self, missing: Mapping[str, tuple[Mapping[str, Any], ChatRequest]], what: str
+    ) -> dict[str, ChatReply | None]:
+        client, replies = self._client(), {}
+        pool = ThreadPoolExecutor(min(self.endpoint.concurrency, len(missing)), thread_name_prefix="judge")
+        bar = tqdm(total=len(missing), desc=what, unit="request", dynamic_ncols=True)
         try:
-            first = pool.map(lambda q: self._ask(q.prompt, q.answer, q.baseline), questions)
-            second = pool.map(lambda q: self._ask(q.prompt, q.baseline, q.answer), questions)
-            texts = list(zip(first, second, strict=True))
+            futures = {pool.submit(self._ask, client, *asked): key for key, asked in missing.items()}
+            for future in as_completed(futures):
+                replies[futures[future]] = future.result()
+                bar.update()
+                usage = self.usage
+                tokens = f"tokens {usage.prompt_tokens:,} in, {usage.completion_tokens:,} out"
+                bar.set_postfix_str(tokens, refresh=False)
         finally:
+            # Those under way are finished, and kept: what an endpoint has been asked it is paid for.
             pool.shutdown(cancel_futures=True)
-        own_first = [verdict_of(text) for text, _ in texts]
-        own_second = [None if (seen := verdict_of(text)) is None else 1.0 - seen for _, text in texts]
-        return mean_of_orders(own_first, own_second), texts
+            bar.close()
+        if self.usage.skipped and self._nothing_heard:
+            raise self._error(self._failure)
+        return replies
 
-    def _ask(self, question: str, answer_a: str, answer_b: str) -> str:
-        """The judge's text."""
-        filled = {"question": question, "answer_a": answer_a, "answer_b": answer_b}
-        # One pass, so that a field's name inside an answer stays as it is.
-        content = re.sub(r"\{(question|answer_a|answer_b)\}", lambda found: filled[found[1]], self.prompt)
-        messages = [{"role": "user", "content": content}]
-        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
-        attempt = 1
-        while True:
-            status, text = self._post(body)
-            if status == HTTPStatus.OK:
-                return _content(text, self.base_url)
-            busy = status == HTTPStatus.TOO_MANY_REQUESTS or (status or 0) >= HTTPStatus.INTERNAL_SERVER_ERROR
-            if not (busy or status is None) or attempt == self.attempts:
-                shown, said = " ".join(text.split())[:QUOTED], "no answer" if status is None else f"status {status}"
-                raise DataError(f"{KEY}.base_url={self.base_url}: {said}: {shown}; check the endpoint, model and key")
-            time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
-            attempt += 1
+    def _ask(self, client: openai.OpenAI, made_of: Mapping[str, Any], request: ChatRequest) -> ChatReply | None:
+        import openai
 
-    def _post(self, body: Mapping[str, Any]) -> tuple[int | None, str]:
-        """The status, None where there is no answer, and the text."""
-        parts = urlsplit(self.base_url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(str(parts.hostname), parts.port, timeout=self.timeout_seconds)
-        headers = {"Content-Type": "application/json"}
-        if self.api_key is not None:
-            headers["Authorization"] = f"Bearer {self.api_key}"
+        body: dict[str, Any] = {"messages": list(request.messages), "max_tokens": request.max_tokens}
+        if request.top_logprobs is not None:
+            body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
         try:
-            connection.request("POST", f"{parts.path.rstrip('/')}/chat/completions", json.dumps(body), headers)
-            response = connection.getresponse()
-            return response.status, response.read().decode(errors="replace")
-        except (OSError, http.client.HTTPException) as error:
-            return None, f"{type(error).__name__}: {error}"
-        finally:
-            connection.close()
+            raw = client.chat.completions.with_raw_response.create(
+                model=self.endpoint.model,
+                temperature=request.temperature,
+                extra_body=dict(self.endpoint.extra_body) or None,
+                **body,
+            )
+        except openai.APIStatusError as error:
+            if error.status_code in _REFUSES_REQUEST:
+                self._skip(reason(error))
+                return None
+            raise self._error(f"status {error.status_code}: {reason(error)}") from error
+        except openai.APIConnectionError as error:
+            raise self._error(_cause(error)) from error
+        reply = _reply(raw.text)
+        if reply is None:
+            self._skip(f"not a chat completion: {reason(ValueError(raw.text))!r}")
+            return None
+        self._cache.put(made_of, asdict(reply))
+        with self._lock:
+            self.usage.answered += 1
+            self.usage.retries += raw.retries_taken
+            self.usage.prompt_tokens += reply.prompt_tokens
+            self.usage.completion_tokens += reply.completion_tokens
+        return reply
+
+    def _skip(self, why: str) -> None:
+        with self._lock:
+            self.usage.skipped += 1
+            self._failure = why
+            hopeless = self._nothing_heard and self.usage.skipped >= _HOPELESS
+        if hopeless:
+            raise self._error(why)
+        logger.warning("a request to the judge is skipped and counted: %s", why)
+
+    @property
+    def _nothing_heard(self) -> bool:
+        return self.usage.answered + self.usage.cached == 0
+
+    def _made_of(self, request: ChatRequest) -> dict[str, Any]:
+        # The address isn't part of it: the same model may be served elsewhere tomorrow.
+        return {"judge": self.endpoint.model, "extra_body": dict(self.endpoint.extra_body), **asdict(request)}
+
+    def _client(self) -> openai.OpenAI:
+        import openai
+
+        return openai.OpenAI(
+            base_url=self.endpoint.base_url,
+            api_key=self.endpoint.api_key or "none",
+            timeout=self.endpoint.timeout_seconds,
+            max_retries=self.endpoint.attempts - 1,
+        )
+
+    def _error(self, said: str) -> DataError:
+        key, url = self.endpoint.key, self.endpoint.base_url
+        return DataError(
+            f"{key}.base_url={url}: {said}; check the endpoint, {key}.model={self.endpoint.model} and the key. What "
+            "was answered is kept: the same command goes on from there"
+        )
 
 
-def verdict_of(text: str) -> float | None:
-    """1 for answer A, 0 for B, ½ for neither; None where ``text`` doesn't name exactly one verdict."""
-    named = set(VERDICT.findall(text))
-    return {"A": 1.0, "B": 0.0, "C": 0.5}[named.pop()] if len(named) == 1 else None
+def _cause(error: BaseException) -> str:
+    """The library's "Connection error." says less than what caused it."""
+    return f"no answer ({reason(error.__cause__ or error)})"
 
 
-def _content(text: str, url: str) -> str:
+def _reply(text: str) -> ChatReply | None:
+    """The reply of a response's body; None where it is no chat completion."""
     try:
-        content = json.loads(text)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
-        shown = " ".join(text.split())[:QUOTED]
-        raise DataError(f"{KEY}.base_url={url}: not a chat completion: {shown!r}; check the address") from None
-    return content if isinstance(content, str) else ""
+        body = parse_json(text)
+        choice, usage = body["choices"][0], body.get("usage") or {}
+        choice["message"]["content"]
+        return ChatReply(choice, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,25 +77,38 @@ def _text(prompt: Sequence[Message]) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
-def draw(bench: Bench, named: Named, asked: Sequence[Example], sampling: SamplingConfig, folder: Path) -> Drawn:
-    """A model's answers to the prompts; an engine gets its weights from the sharded model.
-
-    The seeds are those of the prompts' places, the same for every model. A vLLM server starts from ``folder``.
+@contextmanager
+def engines_of(bench: Bench, named: Named, sampling: SamplingConfig, folder: Path) -> Iterator[EngineGroup]:
+    """Every rank's engines with the sharded model's weights. A vLLM server starts from ``folder``.
 
     Raises:
-        RolloutError: the engine doesn't start, or a prompt leaves too few positions.
+        RolloutError: the engine doesn't start.
     """
     model = bench.run.model
     # Weights are gathered from the device, where a model that waits in host memory isn't.
     here = replace(model, restore_from_path=named.path, frozen=replace(model.frozen, offload=False))
     own = Bench(replace(bench.run, model=here), bench.settings)
     frozen = own.model(named, hidden_states)
-    tokenizer = bench.tokenizer()
-    shared = {name: value for name, value in vars(sampling).items()}
-    engine, dtype = engine_of(own.run, RolloutConfig(**shared), frozen.chunks[0], folder)
+    engine, dtype = engine_of(own.run, RolloutConfig(**vars(sampling)), frozen.chunks[0], folder)
     group = EngineGroup(engine, frozen.chunks, Stream(dtype, sampling.sync_bucket_mib * MIB))
+    try:
+        group.wake()
+        with active(frozen.chunks, frozen.adapter):
+            group.sync()
+        yield group
+    finally:
+        group.close()
+
+
+def draw(bench: Bench, named: Named, asked: Sequence[Example], sampling: SamplingConfig, folder: Path) -> Drawn:
+    """A model's answers to the prompts. The seeds are those of the prompts' places, the same for every model.
+
+    Raises:
+        RolloutError: the engine doesn't start, or a prompt leaves too few positions.
+    """
+    tokenizer = bench.tokenizer()
     requests = [
-        Request(example.sequences[0].tokens, seed_of(model.seed, "analysis", place))
+        Request(example.sequences[0].tokens, seed_of(bench.run.model.seed, "analysis", place))
         for place, example in enumerate(asked)
     ]
     how = Sampling(
@@ -105,13 +119,8 @@ def draw(bench: Bench, named: Named, asked: Sequence[Example], sampling: Samplin
         tuple(stop_token_ids(tokenizer)),
     )
     logger.info("%s: %d prompts", named.key, len(requests))
-    try:
-        group.wake()
-        with active(frozen.chunks, frozen.adapter):
-            group.sync()
+    with engines_of(bench, named, sampling, folder) as group:
         samples = group.generate(requests, how)
-    finally:
-        group.close()
     sequences = [
         Example(f"{request.seed}", (_whole(request, sample),))
         for request, sample in zip(requests, samples, strict=True)
@@ -124,15 +133,17 @@ def _whole(request: Request, sample: Sample) -> TokenSequence:
     return TokenSequence(np.concatenate([request.prompt, sample.tokens]).astype(np.int32), len(request.prompt))
 
 
-def reward_models(config: AnswerRewardConfig, baseline: str) -> list[Named]:
-    """The models that the reward takes."""
+def reward_models(config: AnswerRewardConfig, baseline: str, section: str = REWARD) -> list[Named]:
+    """The models that the reward takes; messages name its keys under ``section``."""
     if config.source is None:
         return []
-    roles = _reward(config, PPOModelConfig(restore_from_path=baseline)).roles
-    return [Named(role.config_key.replace(_RUNS_REWARD, REWARD), role.path, role.scalar) for role in roles.values()]
+    roles = _reward(config, PPOModelConfig(restore_from_path=baseline), section).roles
+    return [Named(role.config_key.replace(_RUNS_REWARD, section), role.path, role.scalar) for role in roles.values()]
 
 
-def scores(bench: Bench, config: AnswerRewardConfig, drawn: Mapping[str, Drawn]) -> dict[str, np.ndarray]:
+def scores(
+    bench: Bench, config: AnswerRewardConfig, answers: Mapping[str, Sequence[Example]], section: str = REWARD
+) -> dict[str, np.ndarray]:
     """Model → the rewards of its answers [P], on every rank; empty where there is no reward.
 
     Raises:
@@ -141,51 +152,50 @@ def scores(bench: Bench, config: AnswerRewardConfig, drawn: Mapping[str, Drawn])
     if config.source is None:
         return {}
     model = bench.run.model
-    reward = _reward(config, PPOModelConfig(restore_from_path=model.restore_from_path, kernel=model.kernel))
-    answers = [(name, i) for name, own in drawn.items() for i in range(len(own.sequences))]
-    listed = Listed([drawn[name].sequences[i] for name, i in answers])
-    statistics: list[dict[str, np.ndarray]] = [{} for _ in answers]
+    reward = _reward(config, PPOModelConfig(restore_from_path=model.restore_from_path, kernel=model.kernel), section)
+    listed = Listed([example for own in answers.values() for example in own])
+    statistics: list[dict[str, np.ndarray]] = [{} for _ in range(len(listed))]
     for name, role in reward.roles.items():
-        named = Named(role.config_key.replace(_RUNS_REWARD, REWARD), role.path, role.scalar)
+        named = Named(role.config_key.replace(_RUNS_REWARD, section), role.path, role.scalar)
         frozen = bench.model(named, role.keep)
         found = bench.passes(NUMBERS_WINDOW).run({name: frozen}, role.keep, kept_of(name), listed)
         for own, kept in zip(statistics, found, strict=True):
             own.update(kept)
         del frozen
     if reward.function is not None:
-        for own, score in zip(statistics, _of_texts(bench, reward, drawn), strict=True):
+        for own, score in zip(statistics, _of_texts(bench, reward, answers, section), strict=True):
             own["score"] = np.array([score])
     values = iter([reward.score(own) for own in statistics])
-    return {name: np.array([next(values) for _ in own.sequences], np.float64) for name, own in drawn.items()}
+    return {name: np.array([next(values) for _ in own], np.float64) for name, own in answers.items()}
 
 
-def _of_texts(bench: Bench, reward: Reward, drawn: Mapping[str, Drawn]) -> np.ndarray:
+def _of_texts(bench: Bench, reward: Reward, answers: Mapping[str, Sequence[Example]], section: str) -> np.ndarray:
     """The reward function's scores of all answers, asked once on the first rank: it need not answer twice alike."""
     found = None
     if groups.world().rank == 0:
         tokenizer = bench.tokenizer()
-        sequences = [(name, example.sequences[0]) for name, own in drawn.items() for example in own.sequences]
-        prompts = [str(tokenizer.decode(own.tokens[: own.prompt_length].tolist())) for _, own in sequences]
+        sequences = [example.sequences[0] for own in answers.values() for example in own]
+        prompts = [str(tokenizer.decode(own.tokens[: own.prompt_length].tolist())) for own in sequences]
         texts = [
             str(tokenizer.decode(own.tokens[own.prompt_length :].tolist(), skip_special_tokens=True))
-            for _, own in sequences
+            for own in sequences
         ]
-        places = [f"{name}, answer {i + 1}" for name, own in drawn.items() for i in range(len(own.sequences))]
+        places = [f"{name}, answer {i + 1}" for name, own in answers.items() for i in range(len(own))]
         assert reward.function is not None
         try:
             found = reward.function.scores(prompts, texts, places)
         except RolloutError as error:
-            raise RolloutError(str(error).replace(_RUNS_REWARD, REWARD)) from error
+            raise RolloutError(str(error).replace(_RUNS_REWARD, section)) from error
     found = collectives.from_first_rank(found)
     assert found is not None
     return found
 
 
-def _reward(config: AnswerRewardConfig, model: PPOModelConfig) -> Reward:
+def _reward(config: AnswerRewardConfig, model: PPOModelConfig, section: str) -> Reward:
     try:
         return reward_of(replace(model, reward=RewardConfig(**vars(config))))
     except RolloutError as error:
-        raise RolloutError(str(error).replace(_RUNS_REWARD, REWARD)) from error
+        raise RolloutError(str(error).replace(_RUNS_REWARD, section)) from error
 
 
 def answers_of(drawn: Mapping[str, Drawn], scored: Mapping[str, np.ndarray]) -> dict[str, Answers]:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,21 @@ from megatron_aligndistil.config.analysis_rules import as_run, check
 from megatron_aligndistil.config.analysis_schema import (
     ANALYSES,
     AnalysisConfig,
-    CompareAnalysisConfig,
     ExtrapolationAnalysisConfig,
     RewardAccuracyAnalysisConfig,
     TokensAnalysisConfig,
 )
-from megatron_aligndistil.config.checks import Runtime, check_runtime
 from megatron_aligndistil.config.compose import load_overrides
 from megatron_aligndistil.config.schema import RunConfig
 from megatron_aligndistil.errors import ConfigError
 from megatron_aligndistil.launch import failures, torchrun, variants
 from megatron_aligndistil.launch.log import configure_logging
+from megatron_aligndistil.launch.runtime import check_here
 
 # Of each analysis: a module with models_of(config), measure(config, bench) and report(config, measured).
 MODULES = {
     "reward_accuracy": "analyze_rewards",
     "extrapolation": "analyze_extrapolation",
-    "compare": "analyze_answers",
     "tokens": "analyze_tokens",
 }
 
@@ -51,16 +48,16 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--config-dir {arguments.config_dir}: has no effect without --config-name; add it")
     config = load_overrides(ANALYSES[name], arguments.overrides, name, own)
     check(config)
-    run = as_run(config, _first_model(config))
+    run = as_run(config.trainer, config.model, _first_model(config))
     placement = torchrun.placement_from(os.environ)
     configure_logging(0 if placement is None else placement.rank)
     if isinstance(config, ExtrapolationAnalysisConfig):
         variants.train_all(config, can_start=placement is None)
     if placement is None and run.trainer.num_nodes * run.trainer.devices > 1:
-        _check_runtime(run)
+        check_here(run)
         return torchrun.launch(("-m", "megatron_aligndistil", "analyze", *argv), run)
     with torchrun.entered(placement or torchrun.alone(), run):
-        _check_runtime(run)
+        check_here(run)
         _analyse(name, config, run, argv)
     return 0
 
@@ -96,8 +93,6 @@ def _first_model(config: AnalysisConfig) -> str:
     """Whose tokenizer reads the data: all have the same."""
     if isinstance(config, RewardAccuracyAnalysisConfig):
         path = config.models.dpo or config.models.reward_model
-    elif isinstance(config, CompareAnalysisConfig):
-        path = config.models[config.analysis.baseline]
     elif isinstance(config, TokensAnalysisConfig):
         path = config.models.dpo
     else:
@@ -105,14 +100,6 @@ def _first_model(config: AnalysisConfig) -> str:
         path = variants.training_of(config).model.aligndistil.dpo_path
     assert path is not None
     return path
-
-
-def _check_runtime(run: RunConfig) -> None:
-    import torch
-
-    installed = frozenset(name for name in ("transformer_engine",) if find_spec(name) is not None)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    check_runtime(run, Runtime(gpus=gpus, installed=installed))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,7 +110,6 @@ def _parser() -> argparse.ArgumentParser:
             "analyses:\n"
             "  reward_accuracy  how often each reward prefers the chosen response (Table 2)\n"
             "  extrapolation    trains constant weights beside the adaptive one and compares them (Table 3)\n"
-            "  compare          win rates and rewards of several models' answers (Table 4)\n"
             "  tokens           weight, TVD, reward and KL of every token of some responses\n\n"
             "example:\n"
             "  aligndistil analyze reward_accuracy output=table2 models.dpo=runs/dpo \\\n"

@@ -59,7 +59,8 @@ def measure(config: ExtrapolationAnalysisConfig, bench: Bench) -> Measured:
         drawn[name] = draw(bench, named, asked.examples, settings.sampling, folder)
         if name != BASELINE:
             divergences[name] = _divergence(bench, named, models[BASELINE], drawn[name])
-    return Measured(drawn, scores(bench, settings.reward, drawn), divergences)
+    sequences = {name: own.sequences for name, own in drawn.items()}
+    return Measured(drawn, scores(bench, settings.reward, sequences), divergences)
 
 
 def _divergence(bench: Bench, policy: Named, dpo: Named, drawn: Drawn) -> np.ndarray:

@@ -7,14 +7,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from megatron_aligndistil import __version__
-from megatron_aligndistil.config.schema import RunConfig
 from megatron_aligndistil.launch import failures, torchrun
 from megatron_aligndistil.launch.log import configure_logging
 from megatron_aligndistil.launch.log_folder import log_directory
+from megatron_aligndistil.launch.runtime import check_here
 
 if TYPE_CHECKING:
     from megatron_aligndistil.config.compose import Composer
@@ -62,10 +61,10 @@ def train(
     placement = torchrun.placement_from(os.environ)
     configure_logging(0 if placement is None else placement.rank)
     if placement is None and config.trainer.num_nodes * config.trainer.devices > 1:
-        _check_runtime(config)
+        check_here(config)
         return torchrun.launch((*command, *argv), config)
     with torchrun.entered(placement or torchrun.alone(), config):
-        _check_runtime(config)
+        check_here(config)
         from megatron_aligndistil.launch import assemble
         from megatron_aligndistil.launch.watchdog import Watchdog
         from megatron_aligndistil.trainer.interruption import Interruption
@@ -74,17 +73,6 @@ def train(
         with watchdog, Interruption().listening() as interruption:
             assemble.run(config, interruption)
     return 0
-
-
-def _check_runtime(config: RunConfig) -> None:
-    import torch
-
-    from megatron_aligndistil.config.checks import Runtime, check_runtime
-
-    optional = ("transformer_engine", "wandb")
-    installed = frozenset(name for name in optional if find_spec(name) is not None)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    check_runtime(config, Runtime(gpus=gpus, installed=installed))
 
 
 def _elsewhere(module: str) -> Callable[[Sequence[str]], int]:
@@ -108,6 +96,11 @@ COMMANDS = (
         "certify",
         "check losses, gradients and traffic of this machine's layout against dense float64",
         _elsewhere("megatron_aligndistil.launch.certify"),
+    ),
+    Command(
+        "evaluate",
+        "evaluate models by AlpacaEval 2, MT-Bench, Arena-Hard, TL;DR, pairwise or a reward, with any judge",
+        _elsewhere("megatron_aligndistil.launch.evaluate"),
     ),
     Command(
         "analyze",

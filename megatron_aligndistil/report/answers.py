@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from megatron_aligndistil.evaluation.answers import ModelRow
@@ -12,7 +13,7 @@ from megatron_aligndistil.report.chart import Axes, bar_chart, line_chart
 QUANTITIES = ("length", "reward", "reward_win_rate", "judge_win_rate")
 
 
-def answers_table(rows: Sequence[ModelRow], baseline: str) -> Table:
+def answers_table(rows: Sequence[ModelRow], baseline: str | None) -> Table:
     """A row a model; columns that no model has are left out."""
     columns: dict[str, list[str]] = {"model": [row.model for row in rows]}
     if any(row.reward_win_rate for row in rows):
@@ -41,15 +42,18 @@ def answers_records(rows: Sequence[ModelRow]) -> tuple[tuple[str, ...], list[tup
     return ("model", "quantity", "value", "low", "high"), records
 
 
-def win_rate_chart(rows: Sequence[ModelRow], baseline: str) -> str:
-    """Bars of the win rates, with their intervals."""
+def win_rate_chart(rows: Sequence[ModelRow], baseline: str) -> str | None:
+    """Bars of the win rates, with their intervals; None where there is none, as of a judge that can't be read."""
     series = {
-        label: {row.model: _bar(own) for row in rows if (own := getattr(row, name)) is not None}
+        label: {
+            row.model: _bar(own)
+            for row in rows
+            if (own := getattr(row, name)) is not None and not math.isnan(own.value)
+        }
         for label, name in (("by reward", "reward_win_rate"), ("by judge", "judge_win_rate"))
     }
-    return bar_chart(
-        {name: bars for name, bars in series.items() if bars}, Axes(f"Win rate over {baseline}", "", "share")
-    )
+    drawn = {name: bars for name, bars in series.items() if bars}
+    return bar_chart(drawn, Axes(f"Win rate over {baseline}", "", "share")) if drawn else None
 
 
 def trade_off_chart(rows: Mapping[str, Sequence[ModelRow]], divergence: str) -> str:
@@ -73,13 +77,14 @@ def comparison(
     name: str,
     title: str,
     rows: Sequence[ModelRow],
-    baseline: str,
+    baseline: str | None,
     notes: Sequence[str],
     files: Mapping[str, str],
 ) -> Report:
-    """The report of models compared with a baseline."""
+    """The report of models, compared with a baseline where there is one."""
     columns, records = answers_records(rows)
-    charts = {f"{name}.svg": win_rate_chart(rows, baseline)}
+    chart = None if baseline is None else win_rate_chart(rows, baseline)
+    charts = {} if chart is None else {f"{name}.svg": chart}
     return Report(name, title, [answers_table(rows, baseline)], columns, records, charts, notes, files)
 
 

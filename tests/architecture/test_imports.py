@@ -34,7 +34,13 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # The only importers of what the rest of the package must not depend on.
 ONLY_IN = {
     "hydra": {"config/compose.py"},
-    "omegaconf": {"config/compose.py", "config/schema.py", "config/base_schema.py", "config/analysis_schema.py"},
+    "omegaconf": {
+        "config/compose.py",
+        "config/schema.py",
+        "config/base_schema.py",
+        "config/analysis_schema.py",
+        "config/evaluation_schema.py",
+    },
     "megatron.core.parallel_state": {"parallel/groups.py", "parallel/setup.py"},
     "megatron.core.mpu": set(),
     # The first reads an index with a restricted unpickler, the second only names an exception.
@@ -47,6 +53,7 @@ TORCH_FREE = (
     "launch.cli",
     "launch.analyze",
     "launch.certify",
+    "launch.evaluate",
     "launch.slurm",
     "launch.torchrun",
     "launch.failures",

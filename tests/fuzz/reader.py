@@ -30,7 +30,7 @@ MEMORY = 4 << 30  # bytes that one input may add to the address space
 LONGEST_LINE = 2000  # characters of a message, beside the paths in it
 FORM = "fuzz"  # the name of a tally among a test's user properties
 
-# The share of TOTAL, in thousandths, that each reader gets: the cheap ones more.
+# The share of TOTAL, in some thousandths, that each reader gets: the cheap ones more.
 SHARES = {
     "overrides": 30,
     "own YAML": 20,
@@ -54,6 +54,9 @@ SHARES = {
     "checkpoint folders": 25,
     "resuming": 10,
     "metrics.jsonl": 60,
+    "benchmark folders": 10,
+    "ready answers": 20,
+    "judges' replies": 20,
 }
 
 

@@ -13,16 +13,20 @@ import yaml
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
-from megatron_aligndistil.config import analysis_rules, certify
+from megatron_aligndistil.config import analysis_rules, certify, evaluation_rules
 from megatron_aligndistil.config.analysis_schema import ANALYSES
 from megatron_aligndistil.config.checks import check
 from megatron_aligndistil.config.compose import RECIPES, load_config, load_overrides, recipe_names, to_yaml
+from megatron_aligndistil.config.evaluation_schema import EVALUATIONS
 from megatron_aligndistil.config.schema import SCHEMAS
 from megatron_aligndistil.errors import ConfigError
 from tests.fuzz.mutations import AWKWARD_TEXTS, junk_scalars, spoiled_bytes
 from tests.fuzz.reader import Reader
 
-SECTIONS = ("model.", "trainer.", "exp_manager.", "algorithm", "models", "analysis.", "output")
+SECTIONS = (
+    *("model.", "trainer.", "exp_manager.", "algorithm", "models", "analysis.", "output"),
+    *("evaluation.", "judge.", "sampling.", "reward.", "benchmark.", "cache_dir", "outputs"),
+)
 VALUES = (
     *("0", "1", "-1", "2", "8", "1e400", "-1e400", "nan", "inf", "-inf", "1e-320", "0.0", "-0", "1_000", "0x1F", "1.5"),
     *(str(2**63), str(10**40), "9" * 5000, "true", "false", "yes", "null", "none", "???", "", "''", '""', "~"),
@@ -86,22 +90,24 @@ def _algorithm(recipe: str) -> str:
 
 def test_settings_of_analyses_and_certificate(record) -> None:
     reader = Reader("analysis and certify settings")
-    schemas = {**ANALYSES, "certify": certify.CertifyConfig}
+    schemas = {**ANALYSES, **EVALUATIONS, "certify": certify.CertifyConfig}
     keys = {name: list(keys_of(schema)) for name, schema in schemas.items()}
+    judged = ["model.restore_from_path=.", "judge.base_url=http://h", "judge.model=m"]
     needed = {
         "reward_accuracy": ["models.dpo=.", "models.reverse_dpo=.", "models.reference=.", "analysis.test=[x]"],
         "tokens": ["models.dpo=.", "models.reverse_dpo=.", "analysis.data=[x]"],
-        "compare": ["+models.sft=.", "+models.dpo=.", "analysis.prompts=[x]"],
         "extrapolation": ["analysis.prompts=[x]"],
+        **{name: judged for name in EVALUATIONS},
+        "arena_hard": [*judged, "benchmark.folder=."],
     }
 
     def run(name: str, given: list[str]) -> None:
         if name == "certify":
             certify.as_run(load_overrides(certify.CertifyConfig, given, "certify"), None, None)
             return
-        config = load_overrides(ANALYSES[name], ["output=out", *needed[name], *given], name)
-        analysis_rules.check(config)
-        analysis_rules.as_run(config, ".")
+        config = load_overrides(schemas[name], ["output=out", *needed[name], *given], name)
+        (evaluation_rules if name in EVALUATIONS else analysis_rules).check(config)
+        analysis_rules.as_run(config.trainer, config.model, ".")
 
     pairs = st.sampled_from(list(schemas)).flatmap(lambda name: overrides(keys[name]).map(lambda given: (name, given)))
     record(reader.fuzz(pairs, lambda pair: reader.read(lambda: run(*pair), *SECTIONS, *pair[1], *folded(pair[1]))))

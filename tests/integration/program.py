@@ -39,20 +39,30 @@ def environment() -> dict[str, str]:
 def start(*arguments: str) -> subprocess.Popen[str]:
     """Start the program in a process group of its own."""
     command = [sys.executable, "-m", "megatron_aligndistil", *arguments]
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
-    )
+    # Tests that run in a shell's background would pass on that Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def run(*arguments: str) -> Finished:
-    """Run the program to its end; it and everything it started is killed after LIMIT_SECONDS."""
+def run(*arguments: str, limit_seconds: float = LIMIT_SECONDS) -> Finished:
+    """Run the program to its end; it and everything it started is killed after ``limit_seconds``."""
     process = start(*arguments)
     try:
-        _, errors = process.communicate(timeout=LIMIT_SECONDS)
+        _, errors = process.communicate(timeout=limit_seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         _, errors = process.communicate()
-        raise AssertionError(f"no end after {LIMIT_SECONDS} s:\n{errors[-4000:]}") from None
+        raise AssertionError(f"no end after {limit_seconds} s:\n{errors[-4000:]}") from None
     return Finished(process.returncode, errors)
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from tests.integration.analysis_setting import TP2, Setting, analyze, rows
 from tests.integration.program import run
-from tests.unit.evaluation.test_judge import completion, server
 
 SHORT = "analysis.sampling.max_new_tokens=6"
 
@@ -47,59 +46,6 @@ def test_a_missing_model_leaves_its_reward_out_and_says_so(setting: Setting) -> 
     text = (setting.folder / "some" / "reward_accuracy.md").read_text()
     assert "Left out: contrastive reward, which needs models.dpo and models.reverse_dpo." in text
     assert "train (5 pairs)" in text and "| contrastive" not in text
-
-
-def test_compare_by_reward_and_judge(setting: Setting) -> None:
-    """The engines of both layouts draw the same; the judge prefers the answer with more vowels, or can't say."""
-
-    def vowels(text: str) -> int:
-        return sum(letter in "aeiou" for letter in text)
-
-    def answer(body: dict[str, list[dict[str, str]]], headers: dict[str, str]) -> tuple[int, str]:
-        _, first, second = body["messages"][0]["content"].split("<>")
-        more = vowels(first) - vowels(second)
-        return completion("[[A]]" if more > 0 else "[[B]]" if more < 0 else "hm")
-
-    prompt = setting.folder / "prompt.txt"
-    prompt.write_text("{question}<>{answer_a}<>{answer_b}")
-
-    def argv(output: str, url: str, *overrides: str) -> list[str]:
-        return setting.arguments(
-            "compare",
-            output,
-            f"+models.sft={setting.models['model']}",
-            f"+models.aligned={setting.models['dpo']}",
-            f"analysis.prompts=[{setting.test}]",
-            "analysis.reward.source=function",
-            "analysis.reward.function=my_rewards:vowels",
-            f"analysis.judge.base_url={url}",
-            "analysis.judge.model=tiny",
-            f"analysis.judge.prompt={prompt}",
-            SHORT,
-            *overrides,
-        )
-
-    with server(answer) as url:
-        analyze(setting, 1, argv("compared", url))
-        analyze(setting, 2, argv("compared-two", url, *TP2))
-    one, two = (rows(setting.folder / name / "compare.csv") for name in ("compared", "compared-two"))
-    assert one == two
-    lines = [json.loads(line) for line in (setting.folder / "compared" / "answers.jsonl").read_text().splitlines()]
-    answers = [line["answers"] for line in lines]
-    found = {(row["model"], row["quantity"]): float(row["value"]) for row in one}
-    wins = [
-        (a["aligned"]["reward"] > a["sft"]["reward"]) + 0.5 * (a["aligned"]["reward"] == a["sft"]["reward"])
-        for a in answers
-    ]
-    assert found["aligned", "reward_win_rate"] == pytest.approx(sum(wins) / 9)
-    assert found["sft", "length"] == pytest.approx(sum(a["sft"]["tokens"] for a in answers) / 9)
-    orders = [vowels(a["aligned"]["text"]) - vowels(a["sft"]["text"]) for a in answers]
-    assert found["aligned", "unreadable"] == 2 * orders.count(0)
-    told = [order for order in orders if order]
-    assert found["aligned", "judge_win_rate"] == pytest.approx(sum(order > 0 for order in told) / len(told))
-    assert [line["prompt"] for line in lines] == [
-        json.loads(r)["prompt"] for r in setting.test.read_text().splitlines()
-    ]
 
 
 def test_tokens_of_greedy_answers(setting: Setting) -> None:
@@ -167,8 +113,6 @@ def test_extrapolation_trains_what_is_missing_and_compares(setting: Setting) -> 
     [
         (["reward_accuracy", "output=x"], "analysis.test=[]: no pairs"),
         (["reward_accuracy", "output=x", "analysis.test=[missing.jsonl]"], "missing.jsonl: no such file"),
-        (["compare", "output=x", "models={sft: a}"], "write +models.sft=<value> to add it"),
-        (["compare", "output=x"], "analysis.baseline=sft: not one of the models none"),
         (["tokens", "output=x", "models.dpo=nowhere", "models.reverse_dpo=/"], "models.dpo=nowhere: no such file"),
         (["tokens"], "mandatory, but not set"),
         (["reward_accuracy", "output=x", "analysis.beta=1"], "did you mean analysis.beta0?"),

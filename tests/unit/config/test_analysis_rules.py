@@ -14,13 +14,6 @@ from megatron_aligndistil.errors import ConfigError
 
 GOOD = {
     "reward_accuracy": ["models.reward_model={here}", "analysis.test=[{here}]"],
-    "compare": [
-        "+models.sft={here}",
-        "+models.aligned={here}",
-        "analysis.prompts=[{here}]",
-        "analysis.reward.source=function",
-        "analysis.reward.function=m:f",
-    ],
     "extrapolation": ["analysis.prompts=[{here}]", "analysis.reward.source=model", "analysis.reward.path={here}"],
     "tokens": ["models.dpo={here}", "models.reverse_dpo={here}", "analysis.data=[{here}]"],
 }
@@ -46,19 +39,12 @@ def test_a_good_configuration_is_taken(name: str, tmp_path: Path) -> None:
         ("reward_accuracy", "analysis.bootstrap_samples=0", r"analysis\.bootstrap_samples=0: out of range"),
         ("reward_accuracy", "models.dpo=/nowhere", r"models\.dpo=/nowhere: no such file"),
         ("reward_accuracy", "output=/dev/null/x", r"output=/dev/null/x: no folder can be made there"),
-        ("compare", "analysis.baseline=base", r"analysis\.baseline=base: not one of the models sft, aligned"),
-        ("compare", "analysis.reward.function=null", r"needs analysis\.reward\.function"),
-        (
-            "compare",
-            "analysis.reward.path={here}",
-            r"analysis\.reward\.path=.*: unused by analysis\.reward\.source=funct",
-        ),
-        ("compare", "analysis.judge.base_url=http://h/v1", "set both, or neither"),
-        ("compare", "analysis.sampling.temperature=-1", r"analysis\.sampling\.temperature=-1\.0: out of range"),
-        ("compare", "analysis.sampling.top_p=0", r"analysis\.sampling\.top_p=0\.0: out of range; must be in \(0, 1\]"),
-        ("compare", "analysis.sampling.engine=tgi", "choose one of hf, vllm"),
-        ("compare", "analysis.sampling.max_new_tokens=1500", r"above model\.encoder_seq_length=2048"),
-        ("compare", "analysis.judge.api_key_variable=NO_SUCH_KEY", "no such environment variable"),
+        ("extrapolation", "analysis.reward.path=null", r"needs analysis\.reward\.path"),
+        ("extrapolation", "analysis.reward.function=m:f", r"function=m:f: unused by analysis\.reward\.source=model"),
+        ("extrapolation", "analysis.sampling.temperature=-1", r"analysis\.sampling\.temperature=-1\.0: out of range"),
+        ("extrapolation", "analysis.sampling.top_p=0", r"top_p=0\.0: out of range; must be in \(0, 1\]"),
+        ("extrapolation", "analysis.sampling.engine=tgi", "choose one of hf, vllm"),
+        ("extrapolation", "analysis.sampling.max_new_tokens=1500", r"above model\.encoder_seq_length=2048"),
         ("extrapolation", "analysis.constants=[1.5,1.5]", "one is named twice"),
         ("extrapolation", "analysis.constants=[-1.0]", r"analysis\.constants: -1\.0: out of range"),
         ("extrapolation", "analysis.reward={{source: null, path: null}}", "no reward to compare by"),
@@ -82,7 +68,7 @@ def test_the_run_has_the_layout_and_whole_rounds_of_micro_batches(tmp_path: Path
         "model.micro_batch_size=3",
         "model.data.batching=bucketed",
     )
-    run = as_run(own, "m")
+    run = as_run(own.trainer, own.model, "m")
     assert (run.model.restore_from_path, run.model.global_batch_size) == ("m", 2 * 3 * 2)
     assert run.trainer.devices == 8 and run.model.tensor_model_parallel_size == 2
     assert run.model.kernel is own.model.kernel
@@ -101,15 +87,17 @@ def test_the_run_has_the_layout_and_whole_rounds_of_micro_batches(tmp_path: Path
 def test_what_no_run_takes_no_analysis_takes(override: str, words: str, tmp_path: Path) -> None:
     layout = "model.tensor_model_parallel_size=" + ("2" if "devices" in override else "1")
     with pytest.raises(ConfigError, match=words):
-        as_run(config("reward_accuracy", tmp_path, layout, override), "m")
+        own = config("reward_accuracy", tmp_path, layout, override)
+        as_run(own.trainer, own.model, "m")
 
 
 def test_an_own_yaml_comes_between_the_defaults_and_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
-        "defaults: [compare, _self_]\nmodels: {a: x, b: y}\nanalysis: {baseline: a, limit: 7}\n"
+        "defaults: [tokens, _self_]\nmodels: {dpo: x}\nanalysis: {colour: tvd, limit: 7}\n"
     )
-    own: Any = load_overrides(ANALYSES["compare"], ["output=o", "analysis.limit=9"], "compare", ("mine", tmp_path))
-    assert own.models == {"a": "x", "b": "y"}
-    assert (own.analysis.baseline, own.analysis.limit, own.analysis.bootstrap_samples) == ("a", 9, 2000)
+    given = ["output=o", "analysis.limit=9", "models.reverse_dpo=y"]
+    own: Any = load_overrides(ANALYSES["tokens"], given, "tokens", ("mine", tmp_path))
+    assert (own.models.dpo, own.models.reverse_dpo) == ("x", "y")
+    assert (own.analysis.colour, own.analysis.limit, own.analysis.alpha) == ("tvd", 9, 20.0)
     with pytest.raises(ConfigError, match=r"holds no other\.yaml"):
-        load_overrides(ANALYSES["compare"], [], "compare", ("other", tmp_path))
+        load_overrides(ANALYSES["tokens"], [], "tokens", ("other", tmp_path))

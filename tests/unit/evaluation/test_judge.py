@@ -2,136 +2,165 @@
 
 from __future__ import annotations
 
-import json
+import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_aligndistil.errors import ConfigError, DataError
-from megatron_aligndistil.evaluation import judge as judging
-from megatron_aligndistil.evaluation.judge import Judge, Question, verdict_of
-
-Answer = Callable[[dict[str, Any], dict[str, str]], tuple[int, str]]
-
-
-def completion(text: str) -> tuple[int, str]:
-    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
+from megatron_aligndistil.evaluation.content_cache import ContentCache
+from megatron_aligndistil.evaluation.judge import ChatRequest, Endpoint, Judge
+from tests.unit.evaluation.judge_server import JudgeServer, Response, completion, serving
 
 
-@contextmanager
-def server(answer: Answer) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            assert self.path == "/v1/chat/completions"
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status, text = answer(body, dict(self.headers))
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{running.server_address[1]}/v1"
-    finally:
-        running.shutdown()
-        running.server_close()
+def request(text: str, **how: Any) -> ChatRequest:
+    return ChatRequest(({"role": "user", "content": text},), 16, **how)
 
 
-PROMPT = "{question}|{answer_a}|{answer_b}"
-QUESTIONS = [Question(f"question {i}", answer, "base") for i, answer in enumerate(("good", "bad", "same", "strange"))]
+REQUESTS = [request(f"question {i}") for i in range(12)]
 
 
-def longer_is_better(body: dict[str, Any], headers: dict[str, str]) -> tuple[int, str]:
-    _, first, second = body["messages"][0]["content"].split("|")
-    value = {"good": 2, "base": 1, "same": 1, "bad": 0, "strange": 1}
-    if "strange" in (first, second):
-        return completion("I can't say. Maybe [[A]] or [[B]].")
-    order = value[first] - value[second]
-    return completion(f"So: [[{'A' if order > 0 else 'B' if order < 0 else 'C'}]]")
+@pytest.fixture
+def cache(tmp_path: Path) -> ContentCache:
+    return ContentCache(tmp_path / "cache")
 
 
-def test_both_orders_are_asked_and_their_mean_taken() -> None:
-    asked = []
-
-    def answer(body: dict[str, Any], headers: dict[str, str]) -> tuple[int, str]:
-        asked.append(body["messages"][0]["content"])
-        assert (body["model"], body["temperature"], headers["Authorization"]) == ("j", 0, "Bearer secret")
-        return longer_is_better(body, headers)
-
-    with server(answer) as url:
-        verdicts, texts = Judge(url, "j", PROMPT, api_key="secret").verdicts(QUESTIONS)
-    assert verdicts.won_P[:3].tolist() == [1.0, 0.0, 0.5]
-    assert verdicts.unreadable == 2
-    assert texts[0] == ("So: [[A]]", "So: [[B]]")
-    assert {"question 0|good|base", "question 0|base|good"} <= set(asked) and len(set(asked)) == 8
+def judge_at(server: JudgeServer | str, cache: ContentCache, **settings: Any) -> Judge:
+    url = server if isinstance(server, str) else server.url
+    return Judge(Endpoint(url, "tiny", attempts=settings.pop("attempts", 3), **settings), cache)
 
 
-def test_a_judge_that_prefers_the_first_answer_prefers_nobody() -> None:
-    with server(lambda body, headers: completion("[[A]]")) as url:
-        verdicts, _ = Judge(url, "j", PROMPT).verdicts(QUESTIONS)
-    assert verdicts.won_P.tolist() == [0.5] * 4 and verdicts.unreadable == 0
+def echo(body: dict[str, Any]) -> str:
+    return body["messages"][0]["content"][::-1]
 
 
-def test_an_answer_that_names_a_field_or_a_verdict_is_text() -> None:
-    """Fields inside answers aren't filled in, and braces of other kinds stay."""
-    seen = []
-
-    def answer(body: dict[str, Any], headers: dict[str, str]) -> tuple[int, str]:
-        seen.append(body["messages"][0]["content"])
-        return completion("[[C]]")
-
-    with server(answer) as url:
-        Judge(url, "j", PROMPT).verdicts([Question("{x}", "{answer_b} [[A]]", "two")])
-    assert sorted(seen) == ["{x}|two|{answer_b} [[A]]", "{x}|{answer_b} [[A]]|two"]
+def texts(replies: list[Any]) -> list[str | None]:
+    return [None if reply is None else reply.text for reply in replies]
 
 
-def test_what_passes_is_tried_again_and_what_does_not_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "PAUSE_SECONDS", 0.0)
-    calls: list[int] = []
-
-    def busy_twice(body: dict[str, Any], headers: dict[str, str]) -> tuple[int, str]:
-        calls.append(1)
-        return (503 if len(calls) == 1 else 429, "busy") if len(calls) < 3 else completion("[[A]]")
-
-    with server(busy_twice) as url:
-        verdicts, _ = Judge(url, "j", PROMPT, concurrency=1).verdicts(QUESTIONS[:1])
-        assert verdicts.unreadable == 0 and len(calls) == 4
-    with server(lambda body, headers: (401, "no key")) as url, pytest.raises(DataError, match="status 401: no key"):
-        Judge(url, "j", PROMPT).verdicts(QUESTIONS)
-    with server(lambda body, headers: (500, "broken")) as url, pytest.raises(DataError, match="status 500: broken"):
-        Judge(url, "j", PROMPT, attempts=2).verdicts(QUESTIONS[:1])
-    with server(lambda body, headers: (200, "<html>")) as url, pytest.raises(DataError, match="not a chat completion"):
-        Judge(url, "j", PROMPT).verdicts(QUESTIONS[:1])
-    with pytest.raises(DataError, match="no answer"):
-        Judge("http://127.0.0.1:9/v1", "j", PROMPT, attempts=1).verdicts(QUESTIONS[:1])
+def test_replies_come_in_order_and_carry_what_was_asked(cache: ContentCache) -> None:
+    with serving(echo) as server:
+        judge = judge_at(server, cache, api_key="secret", extra_body={"seed": 3})
+        judge.check()
+        replies = judge.ask([*REQUESTS, request("scores", top_logprobs=5, temperature=1.0)])
+    assert texts(replies) == [f"question {i}"[::-1] for i in range(12)] + ["scores"[::-1]]
+    assert {headers["authorization"] for headers in server.headers} == {"Bearer secret"}
+    plain, scored = (next(body for body in server.asked if word in str(body)) for word in ("question", "scores"))
+    assert (plain["model"], plain["temperature"], plain["max_tokens"], plain["seed"]) == ("tiny", 0.0, 16, 3)
+    assert "logprobs" not in plain and (scored["logprobs"], scored["top_logprobs"]) == (True, 5)
+    usage = judge.usage
+    assert (usage.answered, usage.prompt_tokens, usage.completion_tokens) == (13, 13 * 7, 13 * 2)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("[[A]]", 1.0),
-        ("x [[B]]\n", 0.0),
-        ("[[C]]", 0.5),
-        ("[[A]] … [[A]]", 1.0),
-        ("A", None),
-        ("[[A]] [[B]]", None),
-        ("", None),
-    ],
-)
-def test_verdicts_are_read_and_never_guessed(text: str, expected: float | None) -> None:
-    assert verdict_of(text) == expected
+def test_nothing_is_asked_twice(cache: ContentCache, tmp_path: Path) -> None:
+    with serving(echo) as server:
+        first = judge_at(server, cache).ask([*REQUESTS, *REQUESTS[:3]])
+        assert len(server.asked) == 12  # what is there twice is asked once
+        again = judge_at(server, ContentCache(tmp_path / "cache"))
+        assert again.ask(REQUESTS) == first[:12] and again.usage.cached == 12
+        assert len(server.asked) == 12
+        for other in (replace(REQUESTS[0], max_tokens=17), replace(REQUESTS[0], temperature=0.5)):
+            again.ask([other])
+        judge_at(server, cache, extra_body={"seed": 1}).ask(REQUESTS[:1])
+        assert len(server.asked) == 15  # other questions are other questions
 
 
-def test_a_prompt_without_a_field_and_a_wrong_address_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"analysis\.judge\.prompt: lacks \{answer_b\}"):
-        Judge("http://host/v1", "j", "{question} {answer_a}")
-    with pytest.raises(ConfigError, match=r"analysis\.judge\.base_url=host:8000"):
-        Judge("host:8000", "j")
+def test_an_interruption_loses_no_reply(cache: ContentCache) -> None:
+    gone = threading.Event()
+
+    def answer(body: dict[str, Any]) -> Response | str:
+        if len(server.asked) > 6:
+            gone.set()
+        return Response("{}", 401) if gone.is_set() else echo(body)
+
+    with serving(answer) as server:
+        with pytest.raises(DataError, match=r"judge.base_url=.*status 401.*the same command goes on"):
+            judge_at(server, cache, concurrency=2).ask(REQUESTS)
+        before = Counter(server.prompts)
+        server.answer = echo
+        server.asked.clear()
+        assert texts(judge_at(server, cache).ask(REQUESTS)) == [f"question {i}"[::-1] for i in range(12)]
+    answered = 12 - len(server.asked)
+    assert answered >= 5 and max(before.values()) == 1
+    assert len(set(server.prompts)) == len(server.prompts)
+
+
+def test_a_busy_or_failing_endpoint_is_asked_again(cache: ContentCache) -> None:
+    tries: Counter[str] = Counter()
+
+    def answer(body: dict[str, Any]) -> Response | str:
+        text = body["messages"][0]["content"]
+        tries[text] += 1
+        if tries[text] == 1:
+            status = 429 if text.endswith(("0", "2")) else 500
+            return Response("{}", status, {"Retry-After": "0.01"})
+        return echo(body)
+
+    with serving(answer) as server:
+        judge = judge_at(server, cache)
+        assert None not in judge.ask(REQUESTS[:4])
+    assert judge.usage.retries == 4 and set(tries.values()) == {2}
+
+
+def test_an_endpoint_that_only_fails_is_one_line(cache: ContentCache) -> None:
+    with (
+        serving(lambda body: Response("down", 503, {"Retry-After": "0.01"})) as server,
+        pytest.raises(DataError, match=r"judge.base_url=.*status 503.*judge.model=tiny") as caught,
+    ):
+        judge_at(server, cache).ask(REQUESTS[:1])
+    assert "\n" not in str(caught.value) and len(server.asked) == 3
+
+
+def test_an_endpoint_where_nobody_is(cache: ContentCache) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+    for ask in (Judge.check, lambda judge: judge.ask(REQUESTS[:1])):
+        with pytest.raises(DataError, match=r"judge.base_url=http.*: no answer \(.*refused.*\)"):
+            ask(judge_at(url, cache, attempts=1))
+
+
+def test_requests_that_are_refused_alone_are_skipped_and_counted(cache: ContentCache) -> None:
+    """One is too long for the judge, one gets no chat completion, one an empty text: the others count."""
+
+    def answer(body: dict[str, Any]) -> Response | str:
+        text = body["messages"][0]["content"]
+        if text == "question 3":
+            return Response('{"error": {"message": "too long"}}', 400)
+        if text == "question 5":
+            return Response("<html>proxy</html>")
+        return Response(completion(None)) if text == "question 7" else echo(body)
+
+    with serving(answer) as server:
+        judge = judge_at(server, cache)
+        replies = judge.ask(REQUESTS)
+        assert [i for i, reply in enumerate(replies) if reply is None] == [3, 5]
+        assert replies[7] is not None and replies[7].text == ""
+        assert (judge.usage.skipped, judge.usage.answered) == (2, 10)
+        judge.ask(REQUESTS)
+        assert server.prompts.count("question 3") == 2  # what was skipped isn't taken for answered
+        assert server.prompts.count("question 7") == 1
+
+
+@pytest.mark.parametrize("said", [Response("<html>", 200), Response('{"choices": []}'), Response("{}", 422)])
+def test_an_endpoint_that_skips_all_is_one_line(cache: ContentCache, said: Response) -> None:
+    with serving(lambda body: said) as server:
+        for requests in (REQUESTS, REQUESTS[:2]):
+            with pytest.raises(DataError, match=r"judge.base_url="):
+                judge_at(server, cache, concurrency=1).ask(requests)
+    assert len(server.asked) - 2 in (5, 6)  # one may be under way when the fifth is back
+
+
+def test_a_model_that_is_not_served(cache: ContentCache) -> None:
+    with serving(echo, model="other") as server, pytest.raises(DataError, match=r"judge.model=tiny: .* serves other"):
+        judge_at(server, cache).check()
+
+
+@pytest.mark.parametrize("url", ["judge:8000/v1", "ftp://judge/v1", "http://"])
+def test_an_address_that_is_none(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"^judge\.base_url="):
+        Endpoint(url, "m")
