@@ -15,6 +15,7 @@ from megatron_aligndistil.config.peft_rules import PEFT_RULES
 from megatron_aligndistil.config.rollout_rules import ROLLOUT_RULES
 from megatron_aligndistil.config.rules import CHOICE_AND_RANGE_RULES, RULES, sequences_per_example
 from megatron_aligndistil.config.schema import RunConfig
+from megatron_aligndistil.config.training_evaluation_rules import EVALUATION_RULES
 from megatron_aligndistil.errors import ConfigError
 
 __all__ = [
@@ -53,7 +54,7 @@ class Runtime:
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError for the first rule that ``config`` breaks."""
-    for rule in (*CHOICE_AND_RANGE_RULES, *LAYOUT_RULES, *RULES, *PEFT_RULES, *ROLLOUT_RULES):
+    for rule in (*CHOICE_AND_RANGE_RULES, *LAYOUT_RULES, *RULES, *PEFT_RULES, *ROLLOUT_RULES, *EVALUATION_RULES):
         _raise(rule(config))
 
 

@@ -23,6 +23,7 @@ from megatron_aligndistil.config.peft_rules import PEFT_RULES
 from megatron_aligndistil.config.rollout_rules import ROLLOUT_RULES
 from megatron_aligndistil.config.rules import CHOICE_AND_RANGE_RULES, RULES
 from megatron_aligndistil.config.schema import RunConfig
+from megatron_aligndistil.config.training_evaluation_rules import EVALUATION_RULES
 from megatron_aligndistil.errors import ConfigError
 
 UNKNOWN = "unknown"
@@ -234,7 +235,7 @@ def _complaints(config: RunConfig) -> list[str]:
     if wrong:
         return wrong
     layout = list(islice(filter(None, (rule(config) for rule in LAYOUT_RULES)), 1))
-    others = filter(None, (rule(config) for rule in (*RULES, *PEFT_RULES, *ROLLOUT_RULES)))
+    others = filter(None, (rule(config) for rule in (*RULES, *PEFT_RULES, *ROLLOUT_RULES, *EVALUATION_RULES)))
     return [*layout, *others]
 
 

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from megatron_aligndistil.config.base_schema import ExpManagerConfig, ModelConfig, OptimConfig, TrainerConfig
 from megatron_aligndistil.config.optional import OptionalFloat, OptionalStr
 from megatron_aligndistil.config.rollout_schema import RewardConfig, RolloutConfig
+from megatron_aligndistil.config.training_evaluation_schema import TrainingEvaluationConfig
 
 
 @dataclass(kw_only=True)
@@ -206,6 +207,7 @@ class RunConfig:
     algorithm: str = MISSING
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+    evaluation: TrainingEvaluationConfig = field(default_factory=TrainingEvaluationConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
 

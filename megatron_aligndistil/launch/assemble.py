@@ -34,9 +34,11 @@ from megatron_aligndistil.data.examples import Coordination, ExampleSet, load_ex
 from megatron_aligndistil.data.sampler import BatchSampler
 from megatron_aligndistil.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_aligndistil.errors import CheckpointError, ConfigError, TrainingError
+from megatron_aligndistil.launch.analysis_bench import Bench
 from megatron_aligndistil.launch.log_folder import locked, log_directory
 from megatron_aligndistil.launch.models import DTYPES, frozen_models, lora_settings, model_settings, trained_chunks
 from megatron_aligndistil.launch.rollouts import RolloutModels, rollout_source
+from megatron_aligndistil.launch.training_evaluation import Trained, evaluation_hook, measures
 from megatron_aligndistil.models.frozen import FrozenModel
 from megatron_aligndistil.models.policy import HiddenStateModel
 from megatron_aligndistil.parallel import collectives, groups, setup
@@ -84,10 +86,12 @@ def _train(config: RunConfig, layout: Layout, log_dir: Path, interruption: Inter
     if groups.world().rank == 0:
         save_resolved(config, log_dir / "config.yaml")
 
+    measured = measures(config, log_dir)
+    roles = {**algorithm.every_role, **({} if measured is None else measured.roles)}
     settings, peft = model_settings(config, layout), config.model.peft
     chunks = trained_chunks(config, config.model.restore_from_path, algorithm.scalar, settings, peft.restore_from_path)
     critic = [] if algorithm.critic is None else trained_chunks(config, algorithm.critic.path, True, settings)
-    frozen = frozen_models(config, algorithm.every_role, settings, chunks)
+    frozen = frozen_models(config, roles, settings, chunks)
     if algorithm.experience is None:
         passes = ExperiencePasses(chunks, critic, frozen, MicroBatching.from_config(config.model, algorithm.kind))
         source: BatchSource = _dataset_source(config, algorithm, passes, train, validation)
@@ -102,6 +106,9 @@ def _train(config: RunConfig, layout: Layout, log_dir: Path, interruption: Inter
         learners = _learners(config, algorithm, (chunks, critic, frozen), total_steps)
         provenance = _provenance(config, train, drawn)
         hooks = _hooks(config, log_dir, provenance)
+        if measured is not None:
+            trained = Trained(Bench(config, settings), chunks, frozen, source, log_dir)
+            hooks.append(evaluation_hook(measured, trained))
         trainer = Trainer(learners, source, _loop_settings(config, total_steps, log_dir), hooks, interruption)
         if checkpoint is not None:
             trainer.step = resume(learners, source, checkpoint, provenance)

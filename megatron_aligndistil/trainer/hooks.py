@@ -23,6 +23,9 @@ class Hook:
     def on_validation(self, trainer: Trainer, metrics: Metrics) -> None:
         """After a validation pass."""
 
+    def on_evaluation(self, trainer: Trainer, metrics: Metrics) -> None:
+        """After an evaluation, which is itself a hook's."""
+
     def on_preempted(self, trainer: Trainer) -> None:
         """A signal ends the run here, after step number ``trainer.step``."""
 

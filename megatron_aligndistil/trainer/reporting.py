@@ -59,8 +59,14 @@ class ProgressBar(Hook):
             self._bar.update()
 
     def on_validation(self, trainer: Trainer, metrics: Metrics) -> None:
+        self._say("validation", trainer, metrics)
+
+    def on_evaluation(self, trainer: Trainer, metrics: Metrics) -> None:
+        self._say("evaluation", trainer, metrics)
+
+    def _say(self, phase: str, trainer: Trainer, metrics: Metrics) -> None:
         figures = ", ".join(f"{k} {v:.4g}" for k, v in sorted(metrics.items()) if not k.endswith("tokens"))
-        logger.info("validation at step %d: %s", trainer.step, figures)
+        logger.info("%s at step %d: %s", phase, trainer.step, figures)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -85,6 +91,9 @@ class MetricsFile(Hook):
 
     def on_validation(self, trainer: Trainer, metrics: Metrics) -> None:
         self._write({"step": trainer.step, "phase": "validation", **metrics})
+
+    def on_evaluation(self, trainer: Trainer, metrics: Metrics) -> None:
+        self._write({"step": trainer.step, "phase": "evaluation", **metrics})
 
     def close(self) -> None:
         if self._file is not None:
@@ -117,7 +126,7 @@ def kept_lines(path: Path, steps: int) -> list[str]:
 
 
 class TensorBoard(Hook):
-    """Scalars under ``train/`` and ``validation/``."""
+    """Scalars under ``train/``, ``validation/`` and ``evaluation/``."""
 
     def __init__(self, log_dir: Path, every_n_steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -131,6 +140,9 @@ class TensorBoard(Hook):
 
     def on_validation(self, trainer: Trainer, metrics: Metrics) -> None:
         self._write("validation", trainer.step, metrics)
+
+    def on_evaluation(self, trainer: Trainer, metrics: Metrics) -> None:
+        self._write("evaluation", trainer.step, metrics)
 
     def close(self) -> None:
         self._writer.close()
@@ -152,10 +164,16 @@ class WeightsAndBiases(Hook):
 
     def on_step(self, trainer: Trainer, metrics: Metrics) -> None:
         if trainer.step % self.every_n_steps == 0:
-            self._run.log({f"train/{name}": value for name, value in metrics.items()}, step=trainer.step)
+            self._log("train", trainer.step, metrics)
 
     def on_validation(self, trainer: Trainer, metrics: Metrics) -> None:
-        self._run.log({f"validation/{name}": value for name, value in metrics.items()}, step=trainer.step)
+        self._log("validation", trainer.step, metrics)
+
+    def on_evaluation(self, trainer: Trainer, metrics: Metrics) -> None:
+        self._log("evaluation", trainer.step, metrics)
+
+    def _log(self, phase: str, step: int, metrics: Metrics) -> None:
+        self._run.log({f"{phase}/{name}": value for name, value in metrics.items()}, step=step)
 
     def close(self) -> None:
         self._run.finish()

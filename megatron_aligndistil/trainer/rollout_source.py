@@ -52,7 +52,7 @@ class RolloutSource:
     """Draws a rollout when a step needs the next one, has it scored once, and deals it out over its steps.
 
     Weights go to the engines before a rollout where the last ones are ``sync_every`` steps old; and after a checkpoint,
-    since a run that is resumed there has none to go on with.
+    since a run that is resumed there has none to go on with, or an evaluation.
     """
 
     def __init__(
@@ -105,6 +105,10 @@ class RolloutSource:
     def restore(self, state: SourceState) -> None:
         """Go on with the rollout that ``state`` returned."""
         self._current = CurrentRollout.restored(state)
+
+    def engines_were_used(self) -> None:
+        """Someone else gave the engines weights: the next rollout brings its own."""
+        self._engine_weights, self._synced_bytes = -1, self.engines.synced_bytes
 
     def close(self) -> None:
         """End the engines."""
