@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_aligndistil.errors import ConfigError
 from megatron_aligndistil.evaluation.answers import Verdicts, mean_of_orders
+from megatron_aligndistil.evaluation.benchmark_rows import filled
 from megatron_aligndistil.evaluation.judge import ChatReply, ChatRequest, Judge
 
 _ENDING = (
@@ -33,7 +34,6 @@ what matters most to its reader; the order in which the two are shown does not c
 
 {_ENDING.replace("answer", "summary")}"""
 FIELDS = ("{question}", "{answer_a}", "{answer_b}")
-_FIELD = re.compile(r"\{(question|answer_a|answer_b)\}")
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
 
 
@@ -88,7 +88,5 @@ def _verdict(reply: ChatReply | None) -> float | None:
 
 
 def _request(prompt: str, question: str, answer_a: str, answer_b: str, max_tokens: int) -> ChatRequest:
-    filled = {"question": question, "answer_a": answer_a, "answer_b": answer_b}
-    # One pass, so that a field's name inside an answer stays as it is.
-    content = _FIELD.sub(lambda found: filled[found[1]], prompt)
-    return ChatRequest(({"role": "user", "content": content},), max_tokens)
+    values = {"question": question, "answer_a": answer_a, "answer_b": answer_b}
+    return ChatRequest(({"role": "user", "content": filled(prompt, values)},), max_tokens)

@@ -49,7 +49,7 @@ class Asked:
         examples = loaded[sampled(len(loaded), limit, seed)]
         wanted = {example.origin for example in examples}
         texts = {
-            record.origin: _text(record.prompt)
+            record.origin: text_of(record.prompt)
             for name in names
             for record in read_records(name, "prompt")
             if record.origin in wanted
@@ -71,7 +71,8 @@ class Drawn:
         return np.array([len(sample.tokens) for sample in self.samples], np.float64)
 
 
-def _text(prompt: Sequence[Message]) -> str:
+def text_of(prompt: Sequence[Message]) -> str:
+    """A prompt for a reader: the message, or of several each under its role."""
     if len(prompt) == 1:
         return prompt[0]["content"]
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
@@ -122,14 +123,14 @@ def draw(bench: Bench, named: Named, asked: Sequence[Example], sampling: Samplin
     with engines_of(bench, named, sampling, folder) as group:
         samples = group.generate(requests, how)
     sequences = [
-        Example(f"{request.seed}", (_whole(request, sample),))
-        for request, sample in zip(requests, samples, strict=True)
+        Example(f"{request.seed}", (whole(request, sample),)) for request, sample in zip(requests, samples, strict=True)
     ]
     texts = [str(tokenizer.decode(sample.tokens.tolist(), skip_special_tokens=True)).strip() for sample in samples]
     return Drawn(samples, sequences, texts)
 
 
-def _whole(request: Request, sample: Sample) -> TokenSequence:
+def whole(request: Request, sample: Sample) -> TokenSequence:
+    """Prompt and answer."""
     return TokenSequence(np.concatenate([request.prompt, sample.tokens]).astype(np.int32), len(request.prompt))
 
 

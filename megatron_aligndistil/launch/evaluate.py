@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     configure_logging(0 if placement is None else placement.rank)
     start = time.perf_counter()
     evaluation, ready, cache = _prepared(name, config)
-    judge = _judge(config.judge, cache)
+    judge = judge_of(config.judge, cache)
     if judge is not None and failures.LAUNCHER_PID not in os.environ and (placement is None or placement.rank == 0):
         judge.check()
     first = _first_model(config, evaluation)
@@ -71,11 +71,6 @@ def main(argv: Sequence[str]) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         _report(name, config, evaluation, answers, judge, (start, argv))
     return 0
-
-
-def endpoint_key(judge: JudgeConfig) -> str | None:
-    """The key that requests carry."""
-    return None if judge.api_key_variable is None else os.environ[judge.api_key_variable]
 
 
 def _spelled_out(text: str) -> str:
@@ -96,21 +91,15 @@ def _prepared(name: str, config: EvaluationConfig) -> tuple[Evaluation, dict[str
     return evaluation, ready, ContentCache(Path(config.cache_dir or CACHE).expanduser())
 
 
-def _judge(settings: JudgeConfig, cache: ContentCache) -> Judge | None:
+def judge_of(settings: JudgeConfig, cache: ContentCache, section: str = "judge") -> Judge | None:
+    """The judge of a ``section`` of the configuration, None where none is asked for."""
     from megatron_aligndistil.evaluation.judge import Endpoint, Judge
 
     if settings.base_url is None or settings.model is None:
         return None
-    endpoint = Endpoint(
-        settings.base_url,
-        settings.model,
-        endpoint_key(settings),
-        settings.timeout_seconds,
-        settings.attempts,
-        settings.concurrency,
-        settings.extra_body,
-    )
-    return Judge(endpoint, cache)
+    key = None if settings.api_key_variable is None else os.environ[settings.api_key_variable]
+    waits = settings.timeout_seconds, settings.attempts, settings.concurrency
+    return Judge(Endpoint(settings.base_url, settings.model, key, *waits, settings.extra_body, section), cache)
 
 
 def _first_model(config: EvaluationConfig, evaluation: Evaluation) -> str | None:

@@ -17,8 +17,9 @@ from megatron_aligndistil.evaluation.benchmark import Answer
 from megatron_aligndistil.evaluation.intervals import Estimate
 from megatron_aligndistil.evaluation.judge import Judge
 from megatron_aligndistil.evaluation.pairwise import PROMPT, Judged, Pair, judge_pairs
+from megatron_aligndistil.launch.analysis_answers import text_of
 from megatron_aligndistil.launch.analysis_bench import sampled
-from megatron_aligndistil.launch.evaluate_pairwise import judge_prompt, text_of
+from megatron_aligndistil.launch.evaluate_pairwise import judge_prompt
 from megatron_aligndistil.launch.evaluation_task import Evaluation, Scored
 from megatron_aligndistil.report.analysis import Report, Table, csv_cells, percent
 from megatron_aligndistil.types import Record

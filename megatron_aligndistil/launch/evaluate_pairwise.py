@@ -17,15 +17,16 @@ from megatron_aligndistil.data.records import read_records
 from megatron_aligndistil.errors import ConfigError, DataError
 from megatron_aligndistil.evaluation.answers import Answers, ModelRow, compare
 from megatron_aligndistil.evaluation.benchmark import Answer, Question
+from megatron_aligndistil.evaluation.benchmark_rows import read_rows
 from megatron_aligndistil.evaluation.intervals import Estimate
 from megatron_aligndistil.evaluation.judge import Judge
 from megatron_aligndistil.evaluation.pairwise import PROMPT, Judged, Pair, check_prompt, judge_pairs
-from megatron_aligndistil.launch.analysis_answers import reward_models, scores
+from megatron_aligndistil.launch.analysis_answers import reward_models, scores, text_of
 from megatron_aligndistil.launch.analysis_bench import Bench, Named, sampled
 from megatron_aligndistil.launch.evaluation_answers import Conversation, tokenized
 from megatron_aligndistil.launch.evaluation_task import Evaluation, Scored
 from megatron_aligndistil.report.answers import comparison, intervals_note
-from megatron_aligndistil.types import Example, Message
+from megatron_aligndistil.types import Example
 
 MAX_TOKENS = 512  # of a judgment
 PROMPT_KEY, REWARD_KEY = "benchmark.judge_prompt", "reward"
@@ -51,13 +52,6 @@ def judge_prompt(path: str | None, built_in: str, key: str = PROMPT_KEY) -> str:
         raise ConfigError(f"{key}={path}: not a text file in UTF-8 ({error}); name another") from error
     check_prompt(f"{key}={path}", text)
     return text
-
-
-def text_of(prompt: Sequence[Message]) -> str:
-    """A prompt for a judge: the message, or of several each under its role."""
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 class Comparison(Evaluation):
@@ -197,24 +191,13 @@ def read_ready(key: str, path: Path, prompts: Sequence[str]) -> list[Answer]:
     Raises:
         DataError: a line is no such row, or is missing, or another prompt's.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{key}={path}: not a text file in UTF-8 ({error}); name another") from error
     found = []
-    for row, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-            prompt, answer = value["prompt"], value["answer"]
-            usable = isinstance(prompt, str) and isinstance(answer, str)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            usable = False
-        if not usable:
-            raise DataError(f'{path}:{row}: not of the form {{"prompt": text, "answer": text}}; correct the row')
-        if row > len(prompts) or prompt != prompts[row - 1]:
+    for place, row in enumerate(read_rows(path, f"{key}={path}"), 1):
+        prompt, answer = row.text("prompt"), row.text("answer")
+        if place > len(prompts) or prompt != prompts[place - 1]:
             raise DataError(
-                f"{path}:{row}: its prompt is not place {row} of benchmark.prompts (limit and seed included); give the "
-                "answers in the prompts' order"
+                f"{row.origin}: its prompt is not place {place} of benchmark.prompts (limit and seed included); give "
+                "the answers in the prompts' order"
             )
         found.append(Answer((answer,)))
     if len(found) < len(prompts):

@@ -24,14 +24,13 @@ from megatron_aligndistil.config.training_evaluation_schema import TrainingEvalu
 from megatron_aligndistil.data.chat import stop_token_ids
 from megatron_aligndistil.errors import RolloutError
 from megatron_aligndistil.evaluation.content_cache import ContentCache
-from megatron_aligndistil.evaluation.judge import Endpoint, Judge
 from megatron_aligndistil.evaluation.pairwise import PROMPT, Pair
 from megatron_aligndistil.evaluation.passes import Listed, kept_of
 from megatron_aligndistil.evaluation.win_rate import Comparison, WinRate, first_answers
 from megatron_aligndistil.kernels.settings import MIB
-from megatron_aligndistil.launch.analysis_answers import Asked
+from megatron_aligndistil.launch.analysis_answers import Asked, whole
 from megatron_aligndistil.launch.analysis_bench import NUMBERS_WINDOW, Bench, Named, check_tokenizers
-from megatron_aligndistil.launch.evaluate import endpoint_key
+from megatron_aligndistil.launch.evaluate import judge_of
 from megatron_aligndistil.launch.evaluate_pairwise import MAX_TOKENS, judge_prompt
 from megatron_aligndistil.launch.evaluation_answers import VLLM_WINDOW
 from megatron_aligndistil.launch.rollouts import engine_of
@@ -45,7 +44,6 @@ from megatron_aligndistil.trainer.evaluation import Evaluated, EvaluationHook, a
 from megatron_aligndistil.trainer.rollout_source import RolloutSource
 from megatron_aligndistil.trainer.source import BatchSource
 from megatron_aligndistil.types import Example, Sample
-from megatron_aligndistil.types import Sequence as TokenSequence
 
 logger = logging.getLogger(__name__)
 
@@ -100,15 +98,12 @@ def _own_key(text: str) -> str:
 
 
 def _comparison(own: TrainingEvaluationConfig, folder: Path) -> Comparison | None:
-    settings = own.judge
-    if settings.base_url is None or settings.model is None:
-        return None
-    key = endpoint_key(settings)
-    waits = settings.timeout_seconds, settings.attempts, settings.concurrency
-    endpoint = Endpoint(settings.base_url, settings.model, key, *waits, settings.extra_body, "evaluation.judge")
     cache = ContentCache(folder if own.cache_dir is None else Path(own.cache_dir).expanduser())
+    judge = judge_of(own.judge, cache, "evaluation.judge")
+    if judge is None:
+        return None
     prompt = judge_prompt(own.judge_prompt, PROMPT, "evaluation.judge_prompt")
-    return Comparison(Judge(endpoint, cache), prompt, settings.max_tokens or MAX_TOKENS)
+    return Comparison(judge, prompt, own.judge.max_tokens or MAX_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -242,7 +237,7 @@ class PolicyEvaluation:
     def _rewarded(self, samples: Sequence[Sample], rows: Sequence[dict[str, Any]], step: int) -> dict[str, float]:
         """Mean and spread, over answers that aren't empty; each reward goes into its row."""
         places = [i for i, sample in enumerate(samples) if len(sample.tokens)]
-        examples = [Example(str(i), (_whole(self.requests[i], samples[i]),)) for i in places]
+        examples = [Example(str(i), (whole(self.requests[i], samples[i]),)) for i in places]
         heartbeat.beat("evaluation/reward")
         rewards = self._rewards(examples, step)
         if rewards is None:
@@ -287,7 +282,3 @@ class PolicyEvaluation:
                 raise RolloutError(_own_key(str(error))) from error
             logger.warning("evaluation at step %d: no rewards: %s", step, _own_key(str(error)))
             return None
-
-
-def _whole(request: Request, sample: Sample) -> TokenSequence:
-    return TokenSequence(np.concatenate([request.prompt, sample.tokens]).astype(np.int32), len(request.prompt))
