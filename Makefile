@@ -65,7 +65,7 @@ paper-mini: $(INSTALLED)
 	$(VENV)/bin/python tools/paper_mini.py
 
 test: $(INSTALLED)
-	$(RUN) pytest -q -n $(TEST_WORKERS) --dist loadfile -m "not slow"
+	$(RUN) pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(INSTALLED)
 	$(RUN) pytest -q -m slow

@@ -55,8 +55,8 @@ def _certified(request: Request) -> list[Finding]:
     return certify(request)
 
 
-# Minutes each on two cores; test_layouts has algorithms, test_kernels_distributed kernels at TP = 4.
-SLOW = {"tp4", "tp4-sp"}
+# A minute or more each on two cores; test_layouts has algorithms, test_kernels_distributed kernels in these layouts.
+SLOW = {"tp2", "tp2-sp, a token a chunk, packed", "tp4", "tp4-sp"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS])

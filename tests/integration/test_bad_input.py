@@ -140,7 +140,9 @@ def test_resuming_on_other_data_is_refused(setting: Setting, tmp_path: Path) -> 
     assert_one_line(setting.train("dpo", log_dir, *overrides), "train_fingerprint")
 
 
-@pytest.mark.parametrize("in_background", [False, True], ids=["foreground", "background"])
+@pytest.mark.parametrize(
+    "in_background", [pytest.param(False, marks=pytest.mark.slow), True], ids=["foreground", "background"]
+)
 def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(
     setting: Setting, tmp_path: Path, in_background: bool
 ) -> None:

@@ -104,6 +104,7 @@ def test_json_alone_and_a_failure_from_ranks_of_our_own(tmp_path: Path, monkeypa
     assert names([finding for finding in findings if not finding["passed"]]) == {"sft", "sft lora"}
 
 
+@pytest.mark.slow
 def test_a_wrong_merger_fails_on_every_rank_of_a_launcher() -> None:
     arguments = (*BRIEFLY, "model.tensor_model_parallel_size=2", "--json")
     (code, printed, errors), (other_code, other_printed, _) = certify_under_a_launcher(2, *arguments)

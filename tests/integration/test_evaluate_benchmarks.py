@@ -49,14 +49,13 @@ def answering(model: Path) -> tuple[str, ...]:
         "model.data.max_prompt_length=96",
         "trainer.precision=32",
         "sampling.max_new_tokens=6",
-        *TP2,
     )
 
 
 def test_mt_bench_of_two_turns_in_two_ranks(model: Path, tmp_path: Path) -> None:
     write_mt_bench(tmp_path / "files")
     with serving(lambda body: "Rating: [[7]]" if "multi-turn" in str(body) else "Rating: [[4]]") as server:
-        results = evaluate(server, tmp_path, "mt_bench", *answering(model))
+        results = evaluate(server, tmp_path, "mt_bench", *answering(model), *TP2)
     text = json.dumps(results["models"]["model"])
     assert "5.5" in text and "7.0" in text and "4.0" in text
     assert results["answers"]["model"]["answers"] == 2 and len(server.asked) == 4

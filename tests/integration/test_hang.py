@@ -67,6 +67,7 @@ def test_a_stopped_process_is_named(tmp_path: Path, common: tuple[str, ...]) -> 
     assert not ranks[1].is_running()
 
 
+@pytest.mark.slow  # the watchdog itself is in the test above
 def test_a_rank_that_is_behind_is_named(
     tmp_path: Path, common: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,7 +110,7 @@ CRITIC = (
 )
 
 
-@pytest.mark.parametrize("recipe", ["ppo", "rto"])
+@pytest.mark.parametrize("recipe", ["ppo", pytest.param("rto", marks=pytest.mark.slow)])
 def test_a_rule_is_learnt_to_nine_tenths_of_its_best_reward(setting: Setting, recipe: str) -> None:
     own: tuple[str, ...] = ()
     if recipe == "rto":

@@ -71,7 +71,11 @@ def teachers(setting: Setting) -> dict[str, Path]:
     return found
 
 
-@pytest.mark.parametrize("layout", [TP2, SHARDED_OPTIMIZER], ids=["tp2-sp", "dp2-bf16-sharded-optimizer"])
+@pytest.mark.parametrize(
+    "layout",
+    [TP2, pytest.param(SHARDED_OPTIMIZER, marks=pytest.mark.slow)],
+    ids=["tp2-sp", "dp2-bf16-sharded-optimizer"],
+)
 def test_a_killed_run_of_adapters_resumes_to_the_bit(setting, layout):
     name = "-".join(layout)[:40].replace("=", "")
     whole, killed = setting.folder / f"whole-{name}", setting.folder / f"killed-{name}"

@@ -46,7 +46,7 @@ def test_folders_loggers_and_checkpoints(folder):
     assert not list(log_dir.rglob("events.out.tfevents*"))
 
 
-@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("mode", ["min", pytest.param("max", marks=pytest.mark.slow)])
 def test_the_best_checkpoints_by_a_metric_are_kept(folder, mode):
     params, log_dir = "exp_manager.checkpoint_callback_params", folder / mode
     finished = run(

@@ -101,7 +101,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("recipe", RUNS)
+@pytest.mark.parametrize("recipe", [pytest.param("aligndistil_on_policy", marks=pytest.mark.slow), "ppo"])
 def test_a_run_killed_between_the_steps_of_a_rollout_resumes_to_the_bit(setting: Setting, recipe: str) -> None:
     whole, killed = setting.folder / f"whole-{recipe}", setting.folder / f"killed-{recipe}"
     finished = run(*setting.arguments(recipe, whole, *RUNS[recipe]))

@@ -67,7 +67,7 @@ def resumed_after(finished: Finished) -> int:
 LAYOUTS = {"pp2": TWO_STAGES, "dp2-bf16-sharded-optimizer": BF16_SHARDED_OPTIMIZER}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [pytest.param("pp2", marks=pytest.mark.slow), "dp2-bf16-sharded-optimizer"])
 def test_a_run_killed_at_a_random_step_resumes_to_the_bit(setting: Setting, name: str) -> None:
     layout, whole, killed = LAYOUTS[name], setting.folder / f"whole-{name}", setting.folder / f"killed-{name}"
     finished = run(*setting.arguments(whole, *layout))

@@ -283,6 +283,7 @@ def test_killed_trainer_leaves_no_server(folder):
     assert not Path(handover).exists()
 
 
+@pytest.mark.slow
 def test_killed_keeper_leaves_no_server(folder):
     engine = start(folder)
     keeper = psutil.Process(engine._server._keeper.pid)
