@@ -124,6 +124,9 @@ class CheckpointHook(Hook):
         interval = trainer.settings.val_check_interval
         return self.settings.monitor is not None and interval > 0 and trainer.step % interval == 0
 
+    def on_pause(self, trainer: Trainer) -> None:
+        self._wait()
+
     def on_preempted(self, trainer: Trainer) -> None:
         self._save_and_wait(trainer, wanted=trainer.step > 0)
 
@@ -133,6 +136,9 @@ class CheckpointHook(Hook):
     def _save_and_wait(self, trainer: Trainer, wanted: bool) -> None:
         if wanted and self._saved_at != trainer.step:
             self._save(trainer)
+        self._wait()
+
+    def _wait(self) -> None:
         with write_errors(self.folder):
             self._queue.maybe_finalize_async_calls(blocking=True)
 

@@ -19,6 +19,18 @@ def parse_json(text: str) -> Any:
         raise ValueError("it nests too deep") from None
 
 
+def parse_text(text: str) -> Any:
+    """As ``parse_json``, of a value that can be written in UTF-8 again.
+
+    Raises:
+        ValueError: it isn't JSON, or an escape in it is half a surrogate pair.
+    """
+    value = parse_json(text)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def read_json(path: Path) -> Any:
     """The value of a JSON file in UTF-8, with or without a byte order mark.
 

@@ -27,12 +27,14 @@ class Question:
 class Answer:
     """A model's answers to a question's turns; what isn't known of ready ones is None.
 
-    tokens  of all turns, end tokens included
-    ended   whether every turn came to its end token
-    cut     turns whose prompt had to lose its beginning to leave room for an answer
+    tokens   of all turns, end tokens included
+    ended    whether every turn came to its end token
+    cut      turns whose prompt had to lose its beginning to leave room for an answer
+    cramped  turns with less room than the benchmark gives an answer
     """
 
     turns: tuple[str, ...]
     tokens: int | None = None
     ended: bool | None = None
     cut: int = 0
+    cramped: int = 0

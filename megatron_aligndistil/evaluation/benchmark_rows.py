@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_aligndistil.config.json_text import parse_json
+from megatron_aligndistil.config.json_text import parse_text
 from megatron_aligndistil.errors import DataError, reason
 
 Id = str | int
@@ -37,17 +37,28 @@ class Row:
         raise DataError(f"{self.origin}: no {' or '.join(names)}, a text or an integer; add it to the row")
 
 
+def read_text(path: Path, what: str, remedy: str = "name another") -> str:
+    """A file's text. ``what`` names it in messages.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(f"{what}: no such file; {remedy}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{what}: not a text file in UTF-8 ({reason(error)}); {remedy}") from error
+
+
 def read_rows(path: Path, what: str = "") -> list[Row]:
     """The objects of a file of JSON lines; blank lines are left out. ``what`` names the file in messages.
 
     Raises:
         DataError: it cannot be read, has no row, or a line is no JSON object.
     """
-    try:
-        # Not splitlines, which also ends a line at U+2028, a legal part of a JSON text.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{what or path}: not a text file in UTF-8 ({reason(error)}); name another") from error
+    # Not splitlines, which also ends a line at U+2028, a legal part of a JSON text.
+    lines = read_text(path, what or str(path)).split("\n")
     rows = [Row(f"{path}:{row}", _object(f"{path}:{row}", line)) for row, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise DataError(f"{what or path}: no rows; JSON objects, one a line, are wanted")
@@ -100,7 +111,7 @@ _FIELD = re.compile(r"\{([a-z]\w*)\}")
 
 def _object(origin: str, line: str) -> Mapping[str, Any]:
     try:
-        value = parse_json(line)
+        value = parse_text(line)
     except ValueError as error:
         raise DataError(f"{origin}: not JSON ({reason(error)}); correct the row") from error
     if not isinstance(value, dict):

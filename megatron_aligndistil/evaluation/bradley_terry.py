@@ -80,10 +80,12 @@ def style_controlled(
     design[np.arange(models), :, 1 + np.arange(models)] = _SCALE
     design[:, :, models + 1 :] = scaled
     fit = _fit(design, points_MN, weights_MN, np.zeros(design.shape[-1]))
-    rates_RM = [
-        _rates(_fit(design[:, own], points_MN[:, own] * counts, weights_MN[:, own] * counts, fit), models)
-        for own, counts in _counted(questions, samples, seed)
-    ]
+    rates_RM = []
+    for own, counts in _counted(questions, samples, seed):
+        fought = weights_MN[:, own] * counts
+        again = _rates(_fit(design[:, own], points_MN[:, own] * counts, fought, fit), models)
+        # The penalty puts a model without a battle in the middle, of which nothing is known.
+        rates_RM.append(np.where(fought.sum(axis=1) > 0, again, math.nan))
     judged = np.count_nonzero(weights_MN, axis=1)
     rates = _rates(fit, models)
     by_model = np.array(rates_RM).T
@@ -149,7 +151,7 @@ def _quotient(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _estimate(value: float, values_R: np.ndarray, observations: int) -> Estimate:
-    if observations < 2:
+    if observations < 2 or np.isnan(values_R).all():
         return Estimate(value, math.nan, math.nan)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

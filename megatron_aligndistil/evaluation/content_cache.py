@@ -49,6 +49,15 @@ class ContentCache:
             row = (key_of(made_of), json.dumps(value, ensure_ascii=False))
             connection.execute("INSERT OR REPLACE INTO made VALUES (?, ?)", row)
 
+    def check(self) -> None:
+        """Make the file where there is none.
+
+        Raises:
+            DataError: it is damaged or cannot be written.
+        """
+        with self._open():
+            pass
+
     def close(self) -> None:
         """Let go of the file."""
         with self._lock:

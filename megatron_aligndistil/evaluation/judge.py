@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from megatron_aligndistil.config.json_text import parse_json
 from megatron_aligndistil.errors import ConfigError, DataError, reason
 from megatron_aligndistil.evaluation.content_cache import ContentCache, key_of
+from megatron_aligndistil.evaluation.request_threads import in_threads
 from megatron_aligndistil.types import Message
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Of one request alone, such as a prompt longer than the judge's context: the others are still worth asking.
 _REFUSES_REQUEST = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY)
-_HOPELESS = 5  # requests skipped before any was answered
+_HOPELESS = 5  # requests skipped before any was answered, beside those that are under way
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,25 @@ class Endpoint:
     key: str = "judge"
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
+        try:
+            parts = urlsplit(self.base_url)
+        except ValueError:
+            parts = urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"{self.key}.base_url={self.base_url}: not of the form http://host:port/v1")
+            raise ConfigError(f"{self.key}.base_url={self.base_url!r}: not of the form http://host:port/v1")
+        if self.api_key is not None and not self.api_key.isascii():
+            raise ConfigError(f"{self.key}.api_key_variable: its key has other characters than ASCII; correct it")
 
 
 class Judge:
-    """Asks an endpoint; replies are kept by content in ``cache``. ``usage`` counts since it was made."""
+    """Asks an endpoint; replies are kept by content in ``cache``. ``usage`` counts since it was made.
+
+    Where ``stop`` is set nothing more is asked, and ``ask`` raises ``Stopped`` within seconds.
+    """
 
     def __init__(self, endpoint: Endpoint, cache: ContentCache) -> None:
-        self.endpoint, self.usage = endpoint, Usage()
-        self._cache, self._lock = cache, threading.Lock()
+        self.endpoint, self.usage, self.stop = endpoint, Usage(), threading.Event()
+        self.cache, self._lock = cache, threading.Lock()
         self._failure = ""
 
     def check(self) -> None:
@@ -105,12 +115,25 @@ class Judge:
             raise self._error(reason(error)) from error
         except Exception as error:  # an endpoint need not serve its list of models, nor one that can be read
             logger.info("the judge's list of models cannot be read: %s", reason(error))
+            self._check_by_asking(client)
             return
         if listed and self.endpoint.model not in listed:
             shown = ", ".join(listed[:5])
             raise DataError(
                 f"{self.endpoint.key}.model={self.endpoint.model}: {self.endpoint.base_url} serves {shown}; name one"
             )
+
+    def _check_by_asking(self, client: openai.OpenAI) -> None:
+        import openai
+
+        try:
+            client.chat.completions.create(
+                model=self.endpoint.model, messages=[{"role": "user", "content": "Hello"}], max_tokens=1
+            )
+        except openai.NotFoundError as error:
+            raise self._error(f"no chat completions there, or not of this model ({reason(error)})") from error
+        except Exception as error:  # whatever is wrong with this one need not be with those that matter
+            logger.info("the judge refuses a first word: %s", reason(error))
 
     def ask(self, requests: Sequence[ChatRequest], what: str = "judgments") -> list[ChatReply | None]:
         """The replies in order; None for a request that alone is refused, or that gets no chat completion.
@@ -126,7 +149,7 @@ class Judge:
         keys = [key_of(own) for own in made_of]
         replies: dict[str, ChatReply | None] = {}
         for key, own in zip(keys, made_of, strict=True):
-            if key not in replies and (value := self._cache.get(own)) is not None:
+            if key not in replies and (value := self.cache.get(own)) is not None:
                 replies[key] = ChatReply(**value)
         self.usage.cached += len(replies)
         missing = {
@@ -140,20 +163,17 @@ class Judge:
         self, missing: Mapping[str, tuple[Mapping[str, Any], ChatRequest]], what: str
     ) -> dict[str, ChatReply | None]:
         client, replies = self._client(), {}
-        pool = ThreadPoolExecutor(min(self.endpoint.concurrency, len(missing)), thread_name_prefix="judge")
-        bar = tqdm(total=len(missing), desc=what, unit="request", dynamic_ncols=True)
-        try:
-            futures = {pool.submit(self._ask, client, *asked): key for key, asked in missing.items()}
-            for future in as_completed(futures):
-                replies[futures[future]] = future.result()
+        asked = in_threads(
+            lambda key: self._ask(client, *missing[key]), list(missing), self.endpoint.concurrency, self.stop
+        )
+        # Those under way are finished, and kept: what an endpoint has been asked it is paid for.
+        with tqdm(total=len(missing), desc=what, unit="request", dynamic_ncols=True) as bar, closing(asked):
+            for key, reply in asked:
+                replies[key] = reply
                 bar.update()
                 usage = self.usage
                 tokens = f"tokens {usage.prompt_tokens:,} in, {usage.completion_tokens:,} out"
                 bar.set_postfix_str(tokens, refresh=False)
-        finally:
-            # Those under way are finished, and kept: what an endpoint has been asked it is paid for.
-            pool.shutdown(cancel_futures=True)
-            bar.close()
         if self.usage.skipped and self._nothing_heard:
             raise self._error(self._failure)
         return replies
@@ -182,7 +202,7 @@ class Judge:
         if reply is None:
             self._skip(f"not a chat completion: {reason(ValueError(raw.text))!r}")
             return None
-        self._cache.put(made_of, asdict(reply))
+        self.cache.put(made_of, asdict(reply))
         with self._lock:
             self.usage.answered += 1
             self.usage.retries += raw.retries_taken
@@ -194,7 +214,7 @@ class Judge:
         with self._lock:
             self.usage.skipped += 1
             self._failure = why
-            hopeless = self._nothing_heard and self.usage.skipped >= _HOPELESS
+            hopeless = self._nothing_heard and self.usage.skipped >= _HOPELESS + self.endpoint.concurrency - 1
         if hopeless:
             raise self._error(why)
         logger.warning("a request to the judge is skipped and counted: %s", why)
@@ -210,12 +230,16 @@ class Judge:
     def _client(self) -> openai.OpenAI:
         import openai
 
-        return openai.OpenAI(
-            base_url=self.endpoint.base_url,
-            api_key=self.endpoint.api_key or "none",
-            timeout=self.endpoint.timeout_seconds,
-            max_retries=self.endpoint.attempts - 1,
-        )
+        try:
+            return openai.OpenAI(
+                base_url=self.endpoint.base_url,
+                api_key=self.endpoint.api_key or "none",
+                timeout=self.endpoint.timeout_seconds,
+                max_retries=self.endpoint.attempts - 1,
+            )
+        except Exception as error:  # of whatever the client finds wrong with an address
+            url = f"{self.endpoint.key}.base_url={self.endpoint.base_url!r}"
+            raise ConfigError(f"{url}: {reason(error)}; correct it") from error
 
     def _error(self, said: str) -> DataError:
         key, url = self.endpoint.key, self.endpoint.base_url
@@ -235,6 +259,8 @@ def _reply(text: str) -> ChatReply | None:
     try:
         body = parse_json(text)
         choice, usage = body["choices"][0], body.get("usage") or {}
+        # Half a surrogate pair, from a text that was cut, can be written nowhere.
+        choice = parse_json(json.dumps(choice, ensure_ascii=False).encode(errors="replace").decode())
         choice["message"]["content"]
         return ChatReply(choice, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):

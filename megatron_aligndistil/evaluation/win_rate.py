@@ -15,10 +15,11 @@ import numpy as np
 from megatron_aligndistil.errors import DataError
 from megatron_aligndistil.evaluation.judge import Judge
 from megatron_aligndistil.evaluation.pairwise import Pair, judge_pairs
+from megatron_aligndistil.evaluation.request_threads import Stopped
 
 logger = logging.getLogger(__name__)
 
-_PAIRS_A_TIME = 4  # times the judge's concurrency, between two looks at whether the run is to stop
+_PAIRS_A_TIME = 4  # times the judge's concurrency: pairs between two writes of what is known so far
 _COUNTED = ("skipped", "cached", "prompt_tokens", "completion_tokens")
 
 
@@ -43,14 +44,15 @@ class Comparison:
         before, rows = asdict(self.judge.usage), list[dict[str, Any]]()
         metrics, unreadable = {"judge_failures": 0.0}, 0
         window = _PAIRS_A_TIME * self.judge.endpoint.concurrency
+        self.judge.stop = stop
         try:
             for start in range(0, len(pairs), window):
-                if stop.is_set():
-                    return None
                 judged = judge_pairs(self.judge, self.prompt, pairs[start : start + window], self.max_tokens)
                 unreadable += judged.verdicts.unreadable
                 won = [None if np.isnan(value) else float(value) for value in judged.verdicts.won_P]
                 rows += [{"won": own, "judge": list(said)} for own, said in zip(won, judged.texts, strict=True)]
+        except Stopped:
+            return None
         except DataError as error:
             logger.warning("no win rate in this evaluation: %s", error)
             metrics, rows = {"judge_failures": 1.0}, []

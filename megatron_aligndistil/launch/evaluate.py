@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from megatron_aligndistil import __version__
@@ -54,8 +55,10 @@ def main(argv: Sequence[str]) -> int:
     start = time.perf_counter()
     evaluation, ready, cache = _prepared(name, config)
     judge = judge_of(config.judge, cache)
-    if judge is not None and failures.LAUNCHER_PID not in os.environ and (placement is None or placement.rank == 0):
+    # Every rank of another launcher: where one alone came to an end, the others would wait for it.
+    if judge is not None and failures.LAUNCHER_PID not in os.environ:
         judge.check()
+        cache.check()
     first = _first_model(config, evaluation)
     answers: Mapping[str, Sequence[Answer]] | None = ready
     if first is not None:
@@ -66,11 +69,17 @@ def main(argv: Sequence[str]) -> int:
         with torchrun.entered(placement or torchrun.alone(), run):
             check_here(run)
             answers = _answered(config, run, evaluation, ready, cache)
-    if answers is not None:
+    if answers is not None and (placement is None or placement.rank == 0):
         # A scheduler's SIGTERM, like Ctrl-C, first lets the requests under way come to an end.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _interrupted)
         _report(name, config, evaluation, answers, judge, (start, argv))
     return 0
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    """As Ctrl-C, once: a launcher says it again and again."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _spelled_out(text: str) -> str:
@@ -184,12 +193,16 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Answers that models gave here; unfinished ones came to no end token, cut prompts lost their beginning."""
+    """Answers that models gave here; unfinished ones came to no end token, cut prompts lost their beginning.
+
+    ``cramped_turns`` had less room, beside their prompt, than an answer may have tokens.
+    """
 
     answers: int
     tokens: int
     unfinished: int
     cut_prompts: int
+    cramped_turns: int
 
 
 def _drawn(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Drawn]:
@@ -199,6 +212,7 @@ def _drawn(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Drawn]:
             sum(answer.tokens or 0 for answer in own),
             sum(answer.ended is False for answer in own),
             sum(answer.cut for answer in own),
+            sum(answer.cramped for answer in own),
         )
         for model, own in answers.items()
         if any(answer.tokens is not None for answer in own)
@@ -211,12 +225,14 @@ def _sampling_note(config: EvaluationConfig, evaluation: Evaluation, drawn: Mapp
     sampling = config.sampling
     temperature = "as the benchmark says" if sampling.temperature is None else f"{sampling.temperature:g}"
     troubles = [
-        f"{model}: {own.unfinished} of {own.answers} unfinished, {own.cut_prompts} prompts cut"
+        f"{model}: {own.unfinished} of {own.answers} unfinished, {own.cut_prompts} prompts cut, {own.cramped_turns} "
+        "turns with less room"
         for model, own in drawn.items()
     ]
     return [
         f"Answers by {sampling.engine}, temperature {temperature}, top-p {sampling.top_p:g}, top-k {sampling.top_k}, "
-        f"at most {sampling.max_new_tokens or evaluation.max_new_tokens} tokens a turn, seed {config.seed}. "
+        f"at most {sampling.max_new_tokens or evaluation.max_new_tokens} tokens a turn, "
+        f"{config.model.encoder_seq_length} with what is before them, seed {config.seed}. "
         f"{'; '.join(troubles)}."
     ]
 

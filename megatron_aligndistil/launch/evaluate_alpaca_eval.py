@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_aligndistil.config.evaluation_rules import models_of
 from megatron_aligndistil.config.evaluation_schema import AlpacaEvalEvaluationConfig
-from megatron_aligndistil.config.json_text import read_json
+from megatron_aligndistil.config.json_text import parse_text
 from megatron_aligndistil.errors import ConfigError, DataError, reason
 from megatron_aligndistil.evaluation.alpaca_eval import (
     DIFFICULTY,
@@ -27,6 +27,7 @@ from megatron_aligndistil.evaluation.alpaca_eval import (
     judgment_line,
 )
 from megatron_aligndistil.evaluation.benchmark import Answer, Question
+from megatron_aligndistil.evaluation.benchmark_rows import read_text
 from megatron_aligndistil.evaluation.judge import Judge
 from megatron_aligndistil.launch.evaluation_task import Evaluation, Scored
 from megatron_aligndistil.report.analysis import Report, Table, csv_cells, number
@@ -214,7 +215,7 @@ def _files(folder: str | None) -> dict[str, Path]:
 def _outputs(what: str, path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON list with instructions and outputs; ``what``: the file, for messages."""
     try:
-        rows = read_json(path)
+        rows = parse_text(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(f"{what}: not a JSON file in UTF-8 ({reason(error)}); {FORM} is wanted") from error
     if not isinstance(rows, list) or not rows:
@@ -250,11 +251,7 @@ class _Line:
 
 
 def _lines(path: Path, columns: Sequence[str]) -> Iterator[_Line]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a text file in UTF-8 ({reason(error)}); {REMEDY}") from error
-    reader = csv.DictReader(text.splitlines())
+    reader = csv.DictReader(read_text(path, str(path), REMEDY).splitlines())
     lacking = [column for column in columns if column not in (reader.fieldnames or ())]
     if lacking:
         raise DataError(f"{path}:1: no column {', '.join(lacking)}; {REMEDY}")

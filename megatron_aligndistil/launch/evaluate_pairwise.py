@@ -14,10 +14,10 @@ from megatron_aligndistil.config.evaluation_schema import (
     RewardEvaluationConfig,
 )
 from megatron_aligndistil.data.records import read_records
-from megatron_aligndistil.errors import ConfigError, DataError
+from megatron_aligndistil.errors import DataError
 from megatron_aligndistil.evaluation.answers import Answers, ModelRow, compare
 from megatron_aligndistil.evaluation.benchmark import Answer, Question
-from megatron_aligndistil.evaluation.benchmark_rows import read_rows
+from megatron_aligndistil.evaluation.benchmark_rows import read_rows, read_text
 from megatron_aligndistil.evaluation.intervals import Estimate
 from megatron_aligndistil.evaluation.judge import Judge
 from megatron_aligndistil.evaluation.pairwise import PROMPT, Judged, Pair, check_prompt, judge_pairs
@@ -42,14 +42,11 @@ def judge_prompt(path: str | None, built_in: str, key: str = PROMPT_KEY) -> str:
     """A judge's prompt from a text file, or ``built_in``; messages name it by ``key``.
 
     Raises:
-        ConfigError: it cannot be read, or lacks a field.
+        UserError: it cannot be read, or lacks a field.
     """
     if path is None:
         return built_in
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={path}: not a text file in UTF-8 ({error}); name another") from error
+    text = read_text(Path(path).expanduser(), f"{key}={path}")
     check_prompt(f"{key}={path}", text)
     return text
 

@@ -9,7 +9,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,9 @@ VLLM_WINDOW = 256  # answers drawn between two writes to the cache; of transform
 class Conversation:
     """A question's messages so far, and of its newest answer the whole sequence of tokens.
 
-    cut     prompts that had to lose their beginning to leave room for an answer
-    ended   whether every answer came to its end token
+    cut      prompts that had to lose their beginning to leave room for an answer
+    cramped  turns with less room than the benchmark gives an answer
+    ended    whether every answer came to its end token
     """
 
     messages: list[Message]
@@ -54,12 +55,13 @@ class Conversation:
     tokens: int = 0
     sequence: TokenSequence | None = None
     cut: int = 0
+    cramped: int = 0
     ended: bool = True
 
     @property
     def answer(self) -> Answer:
         """What a benchmark sees of it."""
-        return Answer(tuple(self.turns), self.tokens, self.ended, self.cut)
+        return Answer(tuple(self.turns), self.tokens, self.ended, self.cut, self.cramped)
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,20 @@ class Respondent:
         if len(prompt) >= length:
             conversation.cut += 1
             prompt = prompt[-(length - min(longest, length // 2)) :]
+        room = min(longest, length - len(prompt))
+        conversation.cramped += room < longest
+        temperature = question.temperature if given.temperature is None else given.temperature
+        vllm = given.vllm
         return {
             "prompt": prompt,
-            "max_new_tokens": min(longest, length - len(prompt)),
-            "temperature": question.temperature if given.temperature is None else given.temperature,
+            "max_new_tokens": room,
+            "temperature": temperature,
             "top_p": given.top_p,
             "top_k": given.top_k,
-            "seed": seed_of(self.config.seed, "evaluation", place, turn),
-            "engine": [given.engine, given.vllm.dtype] if given.engine == "vllm" else [given.engine],
+            "stops": stop_token_ids(self.tokenizer),
+            # Greedy answers are the same whatever the seed and the place.
+            "seed": seed_of(self.config.seed, "evaluation", place, turn) if temperature > 0 else 0,
+            "engine": ["vllm", vllm.dtype, *vllm.extra_args] if given.engine == "vllm" else [given.engine],
             "precision": str(self.config.trainer.precision),
         }
 
@@ -163,24 +171,30 @@ class Respondent:
             for how, window in self._windows(missing):
                 requests = [Request(np.array(missing[i]["prompt"], np.int32), missing[i]["seed"]) for i in window]
                 for i, sample in zip(window, engine.generate(requests, how), strict=True):
-                    drawn[i] = Drawn(sample.tokens.tolist(), sample.finish_reason == "stop")
+                    room = missing[i]["max_new_tokens"]
+                    ended = sample.finish_reason == "stop" and len(sample.tokens) <= room
+                    drawn[i] = Drawn(sample.tokens[:room].tolist(), ended)
                     if first:
                         self.cache.put({**model, **missing[i]}, vars(drawn[i]))
                 bar.update(len(window))
         return drawn
 
     def _windows(self, missing: Mapping[int, dict[str, Any]]) -> Iterator[tuple[Sampling, list[int]]]:
-        """Requests that are sampled alike, so many at a time; long prompts, which leave less room, come last."""
-        stops = tuple(stop_token_ids(self.tokenizer))
-        alike: dict[Sampling, list[int]] = defaultdict(list)
-        for i, own in missing.items():
-            how = Sampling(own["max_new_tokens"], own["temperature"], own["top_p"], own["top_k"], stops)
-            alike[how].append(i)
+        """Requests that are sampled alike, so many at a time; long prompts, which leave less room, come last.
+
+        vLLM ends each answer where its room does, so that a window is given the most room that one of it has.
+        """
         given = self.config.sampling
+        alike: dict[Sampling, list[int]] = defaultdict(list)
+        for i in sorted(missing, key=lambda i: -missing[i]["max_new_tokens"]):
+            own = missing[i]
+            room = 0 if given.engine == "vllm" else own["max_new_tokens"]
+            alike[Sampling(room, own["temperature"], own["top_p"], own["top_k"], tuple(own["stops"]))].append(i)
         size = VLLM_WINDOW if given.engine == "vllm" else given.hf_batch_size * groups.world().size
-        for how in sorted(alike, key=lambda how: -how.max_new_tokens):
-            for start in range(0, len(alike[how]), size):
-                yield how, alike[how][start : start + size]
+        for how, places in alike.items():
+            for start in range(0, len(places), size):
+                window = places[start : start + size]
+                yield replace(how, max_new_tokens=missing[window[0]]["max_new_tokens"]), window
 
     def _say(self, conversation: Conversation, wanted: Mapping[str, Any], drawn: Drawn) -> None:
         text = str(self.tokenizer.decode(drawn.tokens, skip_special_tokens=True)).strip()

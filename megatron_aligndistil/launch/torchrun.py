@@ -132,7 +132,7 @@ def launch(command: Sequence[str], config: RunConfig) -> int:
                 elastic_launch(_settings(trainer, folder), sys.executable)(*command)
             except ChildFailedError as error:
                 exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-                if forwarding.number is not None and set(exit_codes.values()) <= {-forwarding.number, -signal.SIGTERM}:
+                if forwarding.number is not None and set(exit_codes.values()) <= _ends_of(forwarding.number):
                     return _ended_by(forwarding.number)
                 return failures.present(folder, exit_codes, failures.launcher_here(), trainer.num_nodes)
             except SignalException as error:
@@ -143,6 +143,11 @@ def launch(command: Sequence[str], config: RunConfig) -> int:
                 print(f"{failures.PROGRAM}: {failures.lost_node(str(error))}", file=sys.stderr, flush=True)
                 return failures.BUG
     return 0
+
+
+def _ends_of(number: int) -> set[int]:
+    """Exit codes of ranks that the signal ends: at once, or as Ctrl-C once they have put things in order."""
+    return {-number, -signal.SIGTERM, failures.INTERRUPTED}
 
 
 def _ended_by(number: int) -> int:

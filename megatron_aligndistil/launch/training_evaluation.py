@@ -88,8 +88,10 @@ def measures(config: RunConfig, log_dir: Path) -> Measures | None:
     found = Measures(reward, _comparison(own, log_dir / FOLDER))
     named = [Named(role.config_key, role.path, role.scalar) for role in found.roles.values()]
     check_tokenizers([Named("model.restore_from_path", model.restore_from_path), *named])
-    if found.comparison is not None and groups.world().rank == 0:
-        found.comparison.judge.check()
+    if found.comparison is not None:
+        found.comparison.judge.check()  # by every rank: where one alone came to an end, the others would wait for it
+        if own.cache_dir is not None:
+            found.comparison.judge.cache.check()
     return found
 
 

@@ -80,10 +80,13 @@ class EvaluationHook(Hook):
         step = trainer.step
         if step % self.every_n_steps:
             return
+        for hook in trainer.hooks:
+            hook.on_pause(trainer)
         found = self.evaluator.evaluate(step, lambda: trainer.interruption.agreed(trainer.device) is not None)
         heartbeat.beat("after evaluation")
         if found is None:
             logger.info("the evaluation of step %d is put off, since the run is to stop", step)
+            trainer.evaluation_put_off = True
             return
         for hook in trainer.hooks:
             hook.on_evaluation(trainer, found.metrics)

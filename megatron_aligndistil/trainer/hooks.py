@@ -23,6 +23,9 @@ class Hook:
     def on_validation(self, trainer: Trainer, metrics: Metrics) -> None:
         """After a validation pass."""
 
+    def on_pause(self, trainer: Trainer) -> None:
+        """Before something long, such as an evaluation: what goes on in the background comes to its end."""
+
     def on_evaluation(self, trainer: Trainer, metrics: Metrics) -> None:
         """After an evaluation, which is itself a hook's."""
 

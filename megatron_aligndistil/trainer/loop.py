@@ -54,6 +54,7 @@ class Trainer:
         self.hooks = hooks
         self.interruption = interruption or Interruption()
         self.step = 0
+        self.evaluation_put_off = False  # by the hook that evaluates, since the run is to stop
         self.device = next(self.learners[0].model.chunks[0].parameters()).device
         self._world = WorldMetrics(self.device)
         self._validated_at = -1
@@ -79,6 +80,8 @@ class Trainer:
             while self.step < self.settings.total_steps:
                 self._stop_if_asked()
                 self._fit_step()
+            if self.evaluation_put_off:  # the last step's
+                self._stop_if_asked()
             if self.settings.val_after_training and not ended_before:
                 self.validate()
             for hook in self.hooks:

@@ -148,6 +148,29 @@ def test_an_interruption_loses_no_judgment_and_asks_none_twice(setting: Setting)
     assert rows(setting.folder / "interrupted" / "pairwise.csv") == rows(setting.folder / "one" / "pairwise.csv")
 
 
+@pytest.mark.slow
+def test_a_launcher_that_is_asked_to_stop_keeps_what_is_under_way(setting: Setting) -> None:
+    """It passes SIGTERM on again and again, while the first rank waits for its requests."""
+
+    def slowly(body: dict[str, Any]) -> str:
+        time.sleep(6.0)
+        return more_vowels(body)
+
+    cache = setting.folder / "fourth"
+    with serving(slowly) as server:
+        no_reward = "reward={source: null, path: null}"
+        argv = pairwise(setting, server, "ended", "judge.concurrency=4", f"cache_dir={cache}", no_reward, *TP2)
+        process = start("evaluate", *argv)
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while len(server.asked) < 4 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        before = kept_in(cache)
+        process.terminate()
+        _, errors = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 143 and "ended by SIGTERM" in errors, errors
+    assert kept_in(cache) - before == len(server.asked) == 4
+
+
 def test_summaries_rewards_and_ready_answers(setting: Setting) -> None:
     ready = setting.folder / "ready.jsonl"
     prompts = [json.loads(line)["prompt"] for line in setting.test.read_text().splitlines()]
@@ -199,11 +222,22 @@ def kept_in(cache: Path) -> int:
 
 
 def test_a_judge_that_cannot_be_read_has_no_figures(setting: Setting) -> None:
-    with serving(lambda body: "hm") as server:
-        evaluate(*pairwise(setting, server, "unread", "reward={source: null, path: null}"))
+    with serving(lambda body: "hm", model="mumbler") as server:  # none of whose words are known from other tests
+        evaluate(*pairwise(setting, server, "unread", "judge.model=mumbler", "reward={source: null, path: null}"))
     results = json.loads((setting.folder / "unread" / "results.json").read_text())["models"]["aligned"]
     assert results["judge_win_rate"] == {"value": None, "low": None, "high": None} and results["unreadable"] == 18
     assert "aligned 18" in text_of(setting, "unread") and not list((setting.folder / "unread").glob("*.svg"))
+
+
+def test_a_rank_but_the_first_neither_asks_nor_writes(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    placement = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1"}
+    for name, value in {**placement, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    output = setting.folder / "second-rank"
+    with serving(lambda body: "[[A]]") as server:
+        judge = (f"judge.base_url={server.url}", "judge.model=tiny", f"cache_dir={output / 'cache'}")
+        evaluate("judge-agreement", f"output={output}", f"benchmark.pairs=[{setting.test}]", *judge)
+    assert not server.asked and not (output / "results.json").exists()
 
 
 def test_a_judge_against_labels(setting: Setting) -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_aligndistil.checkpoint.adapter_config import STATE_KEY
 from megatron_aligndistil.checkpoint.identity import content_of
+from megatron_aligndistil.checkpoint.locate import FORMAT, STATE
 from megatron_aligndistil.checkpoint.manifest import MANIFEST
 from megatron_aligndistil.errors import CheckpointError
 from tests.integration.program import write_model
@@ -40,7 +42,19 @@ def test_a_megatron_checkpoint_is_its_manifest(tmp_path: Path) -> None:
     for step, folder in enumerate(steps):
         (folder / "weights").mkdir(parents=True)
         (folder / MANIFEST).write_text(json.dumps({"step": step}))
+        (folder / STATE).write_text(json.dumps({"format": FORMAT, "step": step}))
     assert content_of(run) == content_of(steps[1]) != content_of(steps[0])
+
+
+def test_a_runs_adapter_counts_with_its_base(model: Path, tmp_path: Path) -> None:
+    base, adapter = shutil.copytree(model, tmp_path / "base"), tmp_path / "adapter"
+    (adapter / "weights").mkdir(parents=True)
+    (adapter / MANIFEST).write_text("{}")
+    entry = {"rank": 4, "alpha": 8, "targets": ["attention_qkv"], "base": str(base)}
+    (adapter / STATE).write_text(json.dumps({"format": FORMAT, "step": 1, STATE_KEY: entry}))
+    before = content_of(adapter)
+    (base / "model.safetensors").write_bytes(b"others")
+    assert content_of(adapter) != before
 
 
 def test_an_adapter_counts_with_its_base(model: Path, tmp_path: Path) -> None:

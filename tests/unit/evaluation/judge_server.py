@@ -55,12 +55,14 @@ def serving(answer: Answer, model: str = "tiny") -> Iterator[JudgeServer]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            assert self.path == "/v1/models"
+            if self.path != "/v1/models":
+                return self._send(Response('{"detail": "Not Found"}', 404))
             self._send(Response(json.dumps({"object": "list", "data": [{"id": judge.model, "object": "model"}]})))
 
         def do_POST(self) -> None:
-            assert self.path == "/v1/chat/completions"
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path != "/v1/chat/completions":
+                return self._send(Response('{"detail": "Not Found"}', 404))
             with lock:
                 judge.asked.append(body)
                 judge.headers.append({name.lower(): value for name, value in self.headers.items()})

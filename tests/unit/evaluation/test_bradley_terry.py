@@ -127,3 +127,22 @@ def test_intervals_cover() -> None:
         own = bradley_terry.ratio(points, np.full(80, 2.0), 400, seed)
         held += own.low - NEVER <= truth <= own.high + NEVER
     assert 180 <= held <= 198
+
+
+def test_a_model_with_few_battles_has_the_interval_of_those() -> None:
+    """Resamples without any of them say nothing of it; the penalty alone would put it in the middle."""
+    generator = np.random.default_rng(3)
+    points, weights = np.zeros((2, 500)), np.zeros((2, 500))
+    points[0], weights[0] = generator.integers(0, 3, 500), 2.0
+    points[1, :2] = weights[1, :2] = 2.0
+    features = generator.normal(size=(2, 500, K))
+    own = bradley_terry.style_controlled(points, weights, features, 200, 5).win_rates[1]
+    assert own.low > 0.7 and own.low <= own.value <= own.high
+
+
+def test_one_resample_that_misses_every_battle_gives_no_interval() -> None:
+    points = np.zeros(500)
+    points[:2] = 1.0
+    seed = next(seed for seed in range(99) if np.random.default_rng(seed).integers(500, size=(1, 500)).min() > 1)
+    own = bradley_terry.ratio(points, points, 1, seed)
+    assert own.value == 1.0 and math.isnan(own.low) and math.isnan(own.high)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from megatron_aligndistil.errors import ConfigError, DataError
 from megatron_aligndistil.evaluation.content_cache import ContentCache
 from megatron_aligndistil.evaluation.judge import ChatRequest, Endpoint, Judge
+from megatron_aligndistil.evaluation.request_threads import GRACE_SECONDS, Stopped
 from tests.unit.evaluation.judge_server import JudgeServer, Response, completion, serving
 
 
@@ -155,12 +157,89 @@ def test_an_endpoint_that_skips_all_is_one_line(cache: ContentCache, said: Respo
     assert len(server.asked) - 2 in (5, 6)  # one may be under way when the fifth is back
 
 
+def test_refusals_do_not_outrun_the_good_requests_under_way(cache: ContentCache) -> None:
+    refused = {f"question {i}" for i in range(5)}
+    all_refused = threading.Event()
+
+    def answer(body: dict[str, Any]) -> Response | str:
+        text = body["messages"][0]["content"]
+        if text in refused:
+            return Response('{"error": {"message": "too long"}}', 400)
+        assert all_refused.wait(20)
+        return echo(body)
+
+    with serving(answer) as server:
+        judge = judge_at(server, cache, concurrency=8)
+        threading.Timer(1.0, all_refused.set).start()
+        replies = judge.ask(REQUESTS)
+    assert [i for i, reply in enumerate(replies) if reply is None] == [0, 1, 2, 3, 4]
+    assert (judge.usage.skipped, judge.usage.answered) == (5, 7)
+
+
+def test_half_a_surrogate_pair_is_replaced(cache: ContentCache) -> None:
+    with serving(lambda body: "[[A]] \ud83d") as server:
+        judge = judge_at(server, cache)
+        assert texts(judge.ask(REQUESTS[:1])) == ["[[A]] ?"] == texts(judge.ask(REQUESTS[:1]))
+
+
 def test_a_model_that_is_not_served(cache: ContentCache) -> None:
     with serving(echo, model="other") as server, pytest.raises(DataError, match=r"judge.model=tiny: .* serves other"):
         judge_at(server, cache).check()
 
 
-@pytest.mark.parametrize("url", ["judge:8000/v1", "ftp://judge/v1", "http://"])
-def test_an_address_that_is_none(url: str) -> None:
+def test_an_address_without_its_path(cache: ContentCache) -> None:
+    with serving(echo) as server, pytest.raises(DataError, match=r"base_url=http://\S+: no chat completions there"):
+        judge_at(server.url.removesuffix("/v1"), cache).check()
+
+
+BAD_URLS = [
+    "judge:8000/v1",
+    "ftp://judge/v1",
+    "http://",
+    "http://[bad",
+    "http://judge:abc/v1",
+    "http://\xe4\xf6.\u2603/v1",
+]
+
+
+@pytest.mark.parametrize("url", BAD_URLS)
+def test_an_address_that_is_none(url: str, cache: ContentCache) -> None:
     with pytest.raises(ConfigError, match=r"^judge\.base_url="):
-        Endpoint(url, "m")
+        judge_at(url, cache).check()
+
+
+def test_a_key_that_no_header_holds() -> None:
+    with pytest.raises(ConfigError, match=r"^judge\.api_key_variable: "):
+        Endpoint("http://judge/v1", "m", "schl\xfcssel")
+
+
+def test_a_judge_that_hangs_is_left_when_told_to_stop(cache: ContentCache) -> None:
+    over = threading.Event()
+
+    def answer(body: dict[str, Any]) -> str:
+        over.wait(60)
+        return echo(body)
+
+    with serving(answer) as server:
+        judge = judge_at(server, cache, concurrency=2)
+        threading.Timer(0.5, judge.stop.set).start()
+        begun = time.monotonic()
+        with pytest.raises(Stopped):
+            judge.ask(REQUESTS)
+        assert time.monotonic() - begun < GRACE_SECONDS + 3 and len(server.asked) == 2
+        over.set()
+
+
+def test_what_is_under_way_is_kept_when_told_to_stop(cache: ContentCache) -> None:
+    def answer(body: dict[str, Any]) -> str:
+        time.sleep(1.0)
+        return echo(body)
+
+    with serving(answer) as server:
+        judge = judge_at(server, cache, concurrency=2)
+        threading.Timer(0.5, judge.stop.set).start()
+        with pytest.raises(Stopped):
+            judge.ask(REQUESTS)
+        again = judge_at(server, cache)
+        again.ask(REQUESTS)
+        assert again.usage.cached == 2 and max(Counter(server.prompts).values()) == 1

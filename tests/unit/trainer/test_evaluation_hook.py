@@ -16,6 +16,10 @@ from tests.distributed.harness import run_ranks
 class Told(Hook):
     def __init__(self) -> None:
         self.figures: list[tuple[int, dict]] = []
+        self.paused: list[int] = []
+
+    def on_pause(self, trainer) -> None:
+        self.paused.append(trainer.step)
 
     def on_evaluation(self, trainer, metrics) -> None:
         self.figures.append((trainer.step, dict(metrics)))
@@ -46,6 +50,7 @@ def _trained(folder, start: int, steps: int, before: bool = True, stops_at: int 
     for trainer.step in range(start + 1, steps + 1):
         hook.on_step(trainer, {})
     hook.close()
+    assert [("evaluate", step) for step in told.paused] == [entry for entry in policy.log if entry[0] == "evaluate"]
     return policy.log, [step for step, _ in told.figures]
 
 
