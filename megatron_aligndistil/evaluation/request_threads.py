@@ -32,7 +32,7 @@ def in_threads(
         Exception: the first that ``work`` raises.
     """
     todo: queue.SimpleQueue[Item] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[Item, Value | None, BaseException | None]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[Item, Value] | BaseException] = queue.SimpleQueue()
     halted = threading.Event()
     for item in items:
         todo.put(item)
@@ -44,19 +44,19 @@ def in_threads(
             except queue.Empty:
                 return
             try:
-                done.put((item, work(item), None))
+                done.put((item, work(item)))
             except BaseException as error:
-                done.put((item, None, error))
+                done.put(error)
 
     threads = [threading.Thread(target=run, daemon=True) for _ in range(min(workers, len(items)))]
     for thread in threads:
         thread.start()
     try:
         for _ in items:
-            item, value, error = _next(done, stop)
-            if error is not None:
-                raise error
-            yield item, value  # type: ignore[misc]
+            found = _next(done, stop)
+            if isinstance(found, BaseException):
+                raise found
+            yield found
     finally:
         halted.set()
         deadline = time.monotonic() + GRACE_SECONDS

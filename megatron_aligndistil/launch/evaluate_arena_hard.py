@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_aligndistil.config.evaluation_rules import models_of
 from megatron_aligndistil.config.evaluation_schema import ArenaHardEvaluationConfig
@@ -180,11 +181,11 @@ def _answer(row: Row) -> str:
     raise DataError(f"{row.origin}: no answer's text at {ANSWER_FORM}; correct the row")
 
 
-def _within(value: object, *path: str | int) -> object:
+def _within(value: Any, *path: str | int) -> Any:
     """What is there under keys and places; None where there isn't anything."""
     for step in path:
         try:
-            value = value[step]  # type: ignore[index]
+            value = value[step]
         except (LookupError, TypeError):
             return None
     return value

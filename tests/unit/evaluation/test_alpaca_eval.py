@@ -142,7 +142,8 @@ def test_difficulty_is_looked_up_by_place_where_judgments_are_missing(tmp_path: 
     difficulty = np.loadtxt(files[DIFFICULTY], delimiter=",", skiprows=1, usecols=1)
     likely = 1 / (1 + np.exp(-2 * difficulty))
     pairs = [Pair(f"question {i}", "r" * (10 + i % 7), "m" * (10 + i % 5)) for i in range(200)]
-    judgments = [Judgment(True, {}, 1 + share if hard < 0 else None) for share, hard in zip(likely, difficulty)]  # noqa: B905
+    preferences = [1 + share if hard < 0 else None for share, hard in zip(likely, difficulty, strict=True)]
+    judgments = [Judgment(True, {}, own) for own in preferences]
     found = figures(files, pairs, judgments)
     assert found.win_rate.value == pytest.approx(100 * likely[difficulty < 0].mean())
     assert found.win_rate.value < 30
