@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -28,6 +27,7 @@ from megatron_aligndistil.config.schema import RunConfig
 from megatron_aligndistil.errors import ConfigError
 from megatron_aligndistil.launch import failures
 from megatron_aligndistil.launch.log_folder import cannot_write, log_directory
+from megatron_aligndistil.parallel import ports
 from megatron_aligndistil.parallel.lifetime import die_with
 
 if TYPE_CHECKING:
@@ -73,11 +73,8 @@ def placement_from(environment: Mapping[str, str]) -> Placement | None:
 
 
 def alone() -> Placement:
-    """The only rank, in this process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return Placement("none", _variables(rank="0", local_rank="0", world_size="1", address=("127.0.0.1", str(port))))
+    """The only rank, in this process: it meets nobody, so that there is no address."""
+    return Placement("none", {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
 
 
 @contextmanager
@@ -274,7 +271,8 @@ def _variables_of_slurm(environment: Mapping[str, str], tasks: str) -> dict[str,
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or "127.0.0.1"
     address = environment.get("MASTER_ADDR", first_host(nodes))
     # The same on every rank without asking; steps of one job differ, so that two can run at a time.
-    port = 20000 + (101 * int(environment.get("SLURM_JOB_ID", "0")) + int(environment["SLURM_STEP_ID"])) % 12000
+    number = 101 * int(environment.get("SLURM_JOB_ID", "0")) + int(environment["SLURM_STEP_ID"])
+    port = ports.RANGE[number % len(ports.RANGE)]
     return _variables(
         rank=environment["SLURM_PROCID"],
         local_rank=environment["SLURM_LOCALID"],

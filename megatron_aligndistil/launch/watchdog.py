@@ -73,7 +73,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(min(_POLL_SECONDS, self.limit_seconds / 4)):
             hangs = heartbeat.current().seconds > self.limit_seconds
-            if not dist.is_initialized():
+            if self.world_size == 1 or not dist.is_initialized():
                 if hangs:
                     self._end_alone()
                 continue

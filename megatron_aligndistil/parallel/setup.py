@@ -81,7 +81,7 @@ def initialize(layout: Layout, seed: int, accelerator: str = "auto", timeout_min
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        if "RANK" in os.environ:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)

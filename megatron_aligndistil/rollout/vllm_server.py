@@ -23,6 +23,7 @@ import torch
 import megatron_aligndistil
 from megatron_aligndistil.config.rollout_schema import VLLMConfig
 from megatron_aligndistil.errors import RolloutError
+from megatron_aligndistil.parallel.ports import free_port
 from megatron_aligndistil.rollout import vllm_keeper
 from megatron_aligndistil.rollout.engine import EngineLost
 from megatron_aligndistil.rollout.vllm_client import Client, one_line
@@ -144,7 +145,7 @@ class StartedServer(Server):
 
     def start(self) -> None:
         self.stop()
-        port = self._settings.port or _free_port()
+        port = self._settings.port or free_port(HOST)
         _check_port_is_free(port)
         self.url = f"http://{HOST}:{port}"
         self.folder = handover_folder(self._settings)
@@ -311,13 +312,6 @@ def last_error(text: str) -> str:
     at = errors[-1]
     more = lines[at + 1] if "validation error" in lines[at] and at + 1 < len(lines) else ""  # pydantic's next line
     return one_line(f"{lines[at]} {more}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _check_port_is_free(port: int) -> None:

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import tempfile
 import time
 import traceback
@@ -24,6 +23,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megatron_aligndistil.parallel.ports import free_port
 
 # How long the other ranks may go on after the first failure: a rank that fails by itself reports its own error within
 # it, one that waits for the failed rank never would.
@@ -44,7 +45,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     context = _context()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         call = pickle.dumps((function, args))
-        port = _free_port()
+        port = free_port()
         ranks = [
             context.Process(
                 target=_rank_main, args=(rank, world_size, Path(folder), call, port, timeout_seconds), daemon=False
@@ -112,12 +113,6 @@ def _set_environment(rank: int, world_size: int, port: int) -> None:
         MASTER_PORT=str(port),
         GLOO_SOCKET_IFNAME="lo",  # a host name that doesn't resolve must not matter
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait(ranks: list[BaseProcess], timeout_seconds: float) -> bool:

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from megatron_aligndistil.launch.failures import FAILURES_VARIABLE, Failure
+from megatron_aligndistil.parallel.ports import free_port
 from tests.distributed.harness import _context
 from tests.integration.program import LIMIT_SECONDS
 
@@ -37,15 +37,13 @@ class Fleet:
         cls, folder: Path, arguments: Sequence[str], ranks: int = 2, environment: dict[str, str] | None = None
     ) -> Fleet:
         """Start ``aligndistil train`` with ``arguments``."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        master_port = free_port()
         context, fleet = _context(), cls(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for report in folder.glob("rank-*.json"):
             report.unlink()
         for rank in range(ranks):
-            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": master_port}
             named = {name: str(value) for name, value in variables.items()}
             own = {**named, "MASTER_ADDR": "127.0.0.1", FAILURES_VARIABLE: str(folder), **(environment or {})}
             process = context.Process(target=_rank, args=(folder / f"rank_{rank}.log", list(arguments), own))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from megatron_aligndistil.certificate.algorithms import ALGORITHM_CHECKS
 from megatron_aligndistil.certificate.kernels import KERNELS
+from megatron_aligndistil.parallel.ports import free_port
 from tests.integration.program import LIMIT_SECONDS, environment
 
 # One number type, plan and chunk size: the rest is in tests/distributed.
@@ -48,9 +48,7 @@ def certify(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def certify_under_a_launcher(ranks: int, *arguments: str) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of every rank of WRONG_MERGER, started as torchrun would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(ranks):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_aligndistil.parallel.ports import free_port
 from tests.integration.program import LIMIT_SECONDS, losses, run, start, write_model, write_pairs
 
 
@@ -31,9 +31,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], tmp_path: Path):
     """Starts both launchers with one rank each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("PET_RDZV_ENDPOINT", f"127.0.0.1:{probe.getsockname()[1]}")
+    monkeypatch.setenv("PET_RDZV_ENDPOINT", f"127.0.0.1:{free_port()}")
     monkeypatch.setenv("PET_RDZV_ID", "test")
     started: list[subprocess.Popen[str]] = []
 

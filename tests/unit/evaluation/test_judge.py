@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections import Counter
@@ -16,6 +15,7 @@ from megatron_aligndistil.errors import ConfigError, DataError
 from megatron_aligndistil.evaluation.content_cache import ContentCache
 from megatron_aligndistil.evaluation.judge import ChatRequest, Endpoint, Judge
 from megatron_aligndistil.evaluation.request_threads import GRACE_SECONDS, Stopped
+from megatron_aligndistil.parallel.ports import free_port
 from tests.unit.evaluation.judge_server import JudgeServer, Response, completion, serving
 
 
@@ -118,9 +118,7 @@ def test_an_endpoint_that_only_fails_is_one_line(cache: ContentCache) -> None:
 
 
 def test_an_endpoint_where_nobody_is(cache: ContentCache) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+    url = f"http://127.0.0.1:{free_port()}/v1"
     for ask in (Judge.check, lambda judge: judge.ask(REQUESTS[:1])):
         with pytest.raises(DataError, match=r"judge.base_url=http.*: no answer \(.*refused.*\)"):
             ask(judge_at(url, cache, attempts=1))

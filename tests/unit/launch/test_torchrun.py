@@ -111,3 +111,8 @@ def test_many_nodes_need_a_launcher():
         ConfigError, match=r"trainer.num_nodes=2: no launcher .* PET_RDZV_ENDPOINT.* srun .* torchrun --nnodes 2"
     ):
         torchrun.launch(["-c", "pass"], config_of(2, 8))
+
+
+def test_a_rank_alone_meets_nobody():
+    """Its run cannot fail for a port that another program has taken."""
+    assert set(torchrun.alone().variables) == {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
