@@ -15,10 +15,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
+_TRACKER = b"multiprocessing.resource_tracker"  # ends by itself once those are gone whose shared memory it gives back
 
 
 def main(arguments: list[str]) -> int:
@@ -50,15 +53,33 @@ def _die_with(keeper: int) -> None:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """End the child's group: asked first, so that it gives shared memory back, then killed."""
+    """End the child's group: asked first, then killed; last the processes that give back what shared memory is left."""
     with contextlib.suppress(ProcessLookupError):  # all of it has ended
         os.killpg(child.pid, signal.SIGTERM)
-        deadline = time.monotonic() + GRACE_SECONDS
-        while time.monotonic() < deadline:
-            child.poll()
-            os.killpg(child.pid, 0)
-            time.sleep(POLL_SECONDS)
+        _wait(child)
+        for process, command in _members(child.pid):
+            if _TRACKER not in command:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+        _wait(child)
         os.killpg(child.pid, signal.SIGKILL)
+
+
+def _wait(child: subprocess.Popen[bytes]) -> None:
+    """Until the child's group has ended, which raises ProcessLookupError, or its time is over."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < deadline:
+        child.poll()
+        os.killpg(child.pid, 0)
+        time.sleep(POLL_SECONDS)
+
+
+def _members(group: int) -> Iterator[tuple[int, bytes]]:
+    """Process ids and command lines of a group, as Linux shows them; elsewhere none."""
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if os.getpgid(int(place.name)) == group:
+                yield int(place.name), (place / "cmdline").read_bytes()
 
 
 if __name__ == "__main__":
