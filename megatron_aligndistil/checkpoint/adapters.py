@@ -46,6 +46,15 @@ def adapter_state(chunk: HiddenStateModel, name: str) -> dict[str, Any]:
     return state
 
 
+def open_peft(folder: Path) -> SafetensorsFolder:
+    """The tensors of a PEFT folder.
+
+    Raises:
+        CheckpointError: its file is missing or unreadable.
+    """
+    return SafetensorsFolder(folder, PEFT_WEIGHTS, PEFT_PREFIX)
+
+
 @torch.no_grad()
 def load_peft(chunks: Sequence[HiddenStateModel], name: str, saved: SavedAdapter) -> None:
     """Fill an attached adapter, and a scalar head where the folder brings one, from a PEFT folder.
@@ -55,7 +64,7 @@ def load_peft(chunks: Sequence[HiddenStateModel], name: str, saved: SavedAdapter
     Raises:
         CheckpointError: a tensor has another shape than the model's.
     """
-    source = SafetensorsFolder(saved.path, PEFT_WEIGHTS, PEFT_PREFIX)
+    source = open_peft(saved.path)
     architecture = chunks[0].architecture
 
     def part(tensor: str, shape: tuple[int, ...]) -> Part:

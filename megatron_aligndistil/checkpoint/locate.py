@@ -39,7 +39,7 @@ def kind_of(path: str | Path) -> Kind:
     Raises:
         CheckpointError: it doesn't exist, or is none of the five.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
     if path.is_file():
@@ -63,12 +63,12 @@ def kind_of(path: str | Path) -> Kind:
 
 
 def model_path(path: str | Path) -> Path:
-    """``path`` itself, or a run's newest complete checkpoint.
+    """``path`` itself, or a run's newest complete checkpoint; ``~`` is the home folder.
 
     Raises:
         CheckpointError: the path is unknown, or the run has no complete checkpoint.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if kind_of(path) != "run":
         return path
     complete = complete_checkpoints(path)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_aligndistil.checkpoint.adapter_config import SavedAdapter
-from megatron_aligndistil.checkpoint.adapters import adapter_state, load_peft
+from megatron_aligndistil.checkpoint.adapters import adapter_state, load_peft, open_peft
 from megatron_aligndistil.checkpoint.hf_import import HEAD_SEED, draw_head, load_hf, not_a_language_model
 from megatron_aligndistil.checkpoint.index import check_files, stored_dtypes
 from megatron_aligndistil.checkpoint.locate import WEIGHTS, kind_of, model_path, saved_adapter
@@ -46,6 +46,23 @@ def open_source(path: Path) -> TensorSource:
         CheckpointError: unreadable files.
     """
     return GGUFFile(path, read_config(path)) if path.is_file() else SafetensorsFolder(path)
+
+
+def check_weights(path: str | Path) -> None:
+    """Look for every file of the weights at ``path``, and of an adapter's base, without reading them.
+
+    Raises:
+        CheckpointError: names the file that is missing, cut short or doctored.
+    """
+    found = model_path(path)
+    if saved := saved_adapter(found):
+        check_weights(saved.base)
+    if kind_of(found) == "megatron":
+        check_files(found / WEIGHTS)
+    elif kind_of(found) == "peft":
+        open_peft(found)
+    else:
+        open_source(found)
 
 
 def load_weights(chunks: Sequence[HiddenStateModel], path: str | Path, head_seed: int = HEAD_SEED) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from megatron_aligndistil.config.analysis_schema import (
     AnalysisConfig,
-    AnalysisModelConfig,
-    AnalysisTrainerConfig,
+    AnalysisDataConfig,
     ExtrapolationAnalysisConfig,
     RewardAccuracyAnalysisConfig,
     TokensAnalysisConfig,
 )
 from megatron_aligndistil.config.base_schema import DataConfig, ModelConfig, TrainerConfig
+from megatron_aligndistil.config.evaluation_schema import EvaluationConfig
 from megatron_aligndistil.config.layout_rules import LAYOUT_RULES
 from megatron_aligndistil.config.reward_keys import REWARD_KEYS, reward_complaint
 from megatron_aligndistil.config.rules import (
@@ -23,6 +23,7 @@ from megatron_aligndistil.config.rules import (
 from megatron_aligndistil.config.schema import RunConfig
 from megatron_aligndistil.config.value_rules import (
     at_least_one,
+    at_most,
     check_output,
     given,
     limit,
@@ -43,9 +44,9 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "analysis.weight": ("adaptive", "constant"),
     "analysis.colour": ("alpha", "tvd", "reward", "kl_to_teacher", "kl_to_dpo"),
 }
+BOOTSTRAP_SAMPLES = 1_000_000  # an interval is no better by more
 BOUNDS = (
     at_least_one(
-        "analysis.bootstrap_samples",
         "analysis.max_new_tokens",
         "analysis.sampling.max_new_tokens",
         "analysis.sampling.hf_batch_size",
@@ -60,31 +61,38 @@ BOUNDS = (
         "analysis.reward.beta0",
         "analysis.reward.clip",
     ),
+    at_most(BOOTSTRAP_SAMPLES, "analysis.bootstrap_samples"),
     limit("analysis.limit"),
     share("analysis.sampling.top_p"),
 )
 REWARD_PATHS = ("path", "dpo_path", "reverse_dpo_path", "initial_path")
 
 
-def as_run(trainer: AnalysisTrainerConfig, model: AnalysisModelConfig, first_model: str) -> RunConfig:
+def as_run(config: AnalysisConfig | EvaluationConfig, first_model: str) -> RunConfig:
     """The run of the same layout and lengths, checked; ``first_model`` is the one whose tokenizer reads the data.
+
+    Its log folder is the output, where the ranks of several nodes leave what went wrong.
 
     Raises:
         ConfigError: a value or a combination that no run takes.
     """
+    trainer, model = config.trainer, config.model
     shared = {name: value for name, value in vars(model).items() if name not in ("data", "restore_from_path")}
     run = RunConfig(
         trainer=TrainerConfig(**vars(trainer)),
         model=ModelConfig(restore_from_path=first_model, **shared, data=DataConfig(**vars(model.data))),
     )
+    run.exp_manager.explicit_log_dir = config.output
     for rule in CHOICE_AND_RANGE_RULES:
         _raise(rule(run))
     replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     replicas = max(1, trainer.num_nodes * trainer.devices // replica)
     # Whole rounds of micro-batches for every replica: an analysis has no global batch.
     run.model.global_batch_size = replicas * model.micro_batch_size * model.pipeline_model_parallel_size
-    for rule in (*LAYOUT_RULES, packed_row_holds_the_longest_example, prompt_leaves_room_for_a_response):
+    for rule in (*LAYOUT_RULES, packed_row_holds_the_longest_example):
         _raise(rule(run))
+    if isinstance(model.data, AnalysisDataConfig):
+        _raise(prompt_leaves_room_for_a_response(run))
     return run
 
 

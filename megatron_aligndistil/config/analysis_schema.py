@@ -26,22 +26,28 @@ class AnalysisTrainerConfig:
 
 
 @dataclass(kw_only=True)
-class AnalysisDataConfig:
-    """``model.data``: as a run's."""
+class BatchDataConfig:
+    """``model.data`` where no data set is tokenized: texts and micro-batches as a run's."""
 
     chat_template: OptionalStr = None  # a Jinja file; default: the tokenizer's own
+    batching: str = "bucketed"  # bucketed | packed
+    pack_length: OptionalInt = None
+
+
+@dataclass(kw_only=True)
+class AnalysisDataConfig(BatchDataConfig):
+    """``model.data``: as a run's."""
+
     max_prompt_length: int = 1024
     long_prompt: str = "drop"  # drop | truncate_left
     long_response: str = "truncate_right"  # truncate_right | drop
-    batching: str = "bucketed"  # bucketed | packed
-    pack_length: OptionalInt = None
     cache_dir: OptionalStr = None  # tokenized data; default: ~/.cache/megatron_aligndistil
     num_workers: int = 1  # processes that tokenize
 
 
 @dataclass(kw_only=True)
-class AnalysisModelConfig:
-    """``model``: the layout, the lengths, the kernels; as a run's."""
+class PassesModelConfig:
+    """``model`` of forward passes: the layout, the lengths, the kernels; as a run's."""
 
     seed: int = 1234
     micro_batch_size: int = 8  # sequences of a forward pass; with packed rows 1
@@ -53,9 +59,16 @@ class AnalysisModelConfig:
     encoder_seq_length: int = 2048  # tokens of prompt and response together
     make_vocab_size_divisible_by: int = 128
     transformer_engine: OptionalBool = None  # default: used where installed on a GPU
-    data: AnalysisDataConfig = field(default_factory=AnalysisDataConfig)
+    data: BatchDataConfig = field(default_factory=BatchDataConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
+
+
+@dataclass(kw_only=True)
+class AnalysisModelConfig(PassesModelConfig):
+    """``model``: that, and how data sets are tokenized."""
+
+    data: AnalysisDataConfig = field(default_factory=AnalysisDataConfig)
 
 
 @dataclass(kw_only=True)

@@ -278,6 +278,8 @@ def _explain_composition(error: BaseException, source: _Source) -> str:
     if text.startswith("Ambiguous value"):
         given = next((override for override in source.overrides if override in text), text)
         return f"{given}: several values; for a list write {key_of(given)}=[a,b], for text with a comma quote it"
+    if section := re.search(r"is not a subclass of \w+\. value: (.*?)(?= full_key|$)", text):
+        return f"{file}: {section[1]}: a single value where a section belongs; write its keys below it"
     in_overrides = type(error) is ValueError or text.startswith(("Could not override", "Could not delete"))
     blamed = " ".join(source.overrides) if in_overrides and source.overrides else file
     return f"{blamed}: {text}; write overrides as key=value and the file as a mapping of keys"

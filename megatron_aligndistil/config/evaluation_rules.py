@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_aligndistil.config.analysis_rules import REWARD_PATHS
+from megatron_aligndistil.config.analysis_rules import BOOTSTRAP_SAMPLES, REWARD_PATHS
 from megatron_aligndistil.config.evaluation_schema import (
     AlpacaEvalEvaluationConfig,
     AnswerSamplingConfig,
@@ -19,7 +19,9 @@ from megatron_aligndistil.config.evaluation_schema import (
 )
 from megatron_aligndistil.config.reward_keys import REWARD_KEYS, reward_complaint
 from megatron_aligndistil.config.value_rules import (
+    Bound,
     at_least_one,
+    at_most,
     check_output,
     given,
     limit,
@@ -40,7 +42,6 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 }
 BOUNDS = (
     at_least_one(
-        "bootstrap_samples",
         "sampling.max_new_tokens",
         "sampling.hf_batch_size",
         "sampling.sync_bucket_mib",
@@ -51,10 +52,20 @@ BOUNDS = (
     ),
     not_negative("seed", "sampling.temperature", "sampling.top_k"),
     positive("judge.timeout_seconds", "reward.beta0", "reward.clip"),
+    at_most(BOOTSTRAP_SAMPLES, "bootstrap_samples"),
+    Bound(("model.encoder_seq_length",), lambda number: number >= 2, "at least 2, a prompt's token and an answer's"),
     limit("benchmark.limit"),
     share("sampling.top_p"),
 )
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a model: it becomes a file's
+# What a request says by itself, and by which key of the judge's section or by whom.
+_OF_REQUESTS = {
+    "model": "model",
+    "max_tokens": "max_tokens",
+    **dict.fromkeys(("messages", "temperature", "logprobs", "top_logprobs"), "the evaluation"),
+    **dict.fromkeys(("n", "stream"), "this command, which reads one reply as a whole"),
+}
+_NAME_LENGTH = 100
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{_NAME_LENGTH - 1}}}")  # of a model: it becomes a file's
 # Names that say how a checkpoint was written, not which it is.
 _ANONYMOUS = re.compile(r"huggingface|adapter|checkpoints|step_\d+")
 
@@ -70,7 +81,7 @@ def name_of(path: str) -> str:
     """A model's name by its path."""
     whole = Path(path).expanduser().resolve()
     named = next((part for part in (whole, *whole.parents) if not _ANONYMOUS.fullmatch(part.name)), whole)
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", named.name) or "model"
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", named.name)[:_NAME_LENGTH] or "model"
 
 
 def check(config: EvaluationConfig) -> None:
@@ -89,6 +100,10 @@ def check(config: EvaluationConfig) -> None:
 
 def judge_complaints(section: str, judge: JudgeConfig) -> Iterator[str]:
     """What is wrong with a judge's section."""
+    for key, own in _OF_REQUESTS.items():
+        if key in judge.extra_body:
+            by = f"{section}.{own}" if own in vars(judge) else own
+            yield f"{section}.extra_body.{key}={judge.extra_body[key]}: every request has its own by {by}; remove it"
     if (judge.base_url is None) != (judge.model is None):
         yield f"{section}.base_url={judge.base_url}, {section}.model={judge.model}: set both, or neither"
     if judge.api_key_variable is not None and judge.api_key_variable not in os.environ:
@@ -100,7 +115,7 @@ def _models(config: EvaluationConfig) -> Iterator[str]:
     for section, names in (("models", config.models), ("outputs", config.outputs)):
         for name in names:
             if not _NAME.fullmatch(name):
-                yield f"{section}.{name}: a name has letters, digits, '.', '_' and '-' only; rename it"
+                yield f"{section}.{name}: a name has letters, digits, '.', '_', '-', {_NAME_LENGTH} at most; rename it"
     path = config.model.restore_from_path
     for section, taken in (("models", config.models), ("outputs", config.outputs)):
         if path is not None and name_of(path) in taken:

@@ -6,21 +6,22 @@ Dataclasses are not frozen, since OmegaConf must be able to merge overrides into
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from omegaconf import MISSING
 
 from megatron_aligndistil.config.analysis_schema import (
-    AnalysisModelConfig,
     AnalysisTrainerConfig,
     AnswerRewardConfig,
+    PassesModelConfig,
 )
 from megatron_aligndistil.config.optional import OptionalFloat, OptionalInt, OptionalStr
 from megatron_aligndistil.config.rollout_schema import VLLMConfig
 
 
 @dataclass(kw_only=True)
-class EvaluationModelConfig(AnalysisModelConfig):
+class EvaluationModelConfig(PassesModelConfig):
     """``model``: the layout, the lengths, and a model; ``model=<path>`` is short for the last."""
 
     restore_from_path: OptionalStr = None  # shown under its folder's name; more of them, or other names: models
@@ -80,6 +81,7 @@ class AlpacaEvalConfig:
 
 @dataclass(kw_only=True)
 class AlpacaEvalEvaluationConfig(EvaluationConfig):
+    model: EvaluationModelConfig = field(default_factory=partial(EvaluationModelConfig, encoder_seq_length=4096))
     benchmark: AlpacaEvalConfig = field(default_factory=AlpacaEvalConfig)
 
 
@@ -95,6 +97,7 @@ class MTBenchConfig:
 
 @dataclass(kw_only=True)
 class MTBenchEvaluationConfig(EvaluationConfig):
+    model: EvaluationModelConfig = field(default_factory=partial(EvaluationModelConfig, encoder_seq_length=4096))
     benchmark: MTBenchConfig = field(default_factory=MTBenchConfig)
 
 
@@ -111,6 +114,7 @@ class ArenaHardConfig:
 
 @dataclass(kw_only=True)
 class ArenaHardEvaluationConfig(EvaluationConfig):
+    model: EvaluationModelConfig = field(default_factory=partial(EvaluationModelConfig, encoder_seq_length=8192))
     benchmark: ArenaHardConfig = field(default_factory=ArenaHardConfig)
 
 

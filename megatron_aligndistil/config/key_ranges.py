@@ -111,6 +111,8 @@ POSITIVE = (
     "model.pg.beta0",
     "model.pg.beta",
 )
+# What numpy takes as a seed, shifted by a pipeline stage; and a year.
+AT_MOST = {"model.seed": 2**31 - 1, "trainer.timeout_minutes": 525_600}
 MINUS_ONE_OR_POSITIVE = (
     "trainer.max_steps",
     "trainer.limit_val_batches",

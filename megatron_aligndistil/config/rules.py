@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_aligndistil.config.base_schema import ModelConfig, OptimConfig
 from megatron_aligndistil.config.key_ranges import (
     AT_LEAST_ONE,
+    AT_MOST,
     CHOICES,
     MINUS_ONE_OR_POSITIVE,
     NOT_NEGATIVE,
@@ -78,6 +79,10 @@ def every_number_is_in_its_range(config: RunConfig) -> str | None:
         for key, value in _present(config, keys):
             if not holds(value) or value in (float("inf"), float("-inf")):
                 return f"{key}={value}: out of range; must be {words}"
+    for key, most in AT_MOST.items():
+        for _, value in _present(config, (key,)):
+            if isinstance(value, int | float) and value > most:
+                return f"{key}={value}: out of range; must be at most {most}"
     return None
 
 

@@ -39,6 +39,11 @@ def positive(*keys: str) -> Bound:
     return Bound(keys, lambda number: number > 0, "greater than 0")
 
 
+def at_most(most: int, *keys: str) -> Bound:
+    """Whole numbers from 1 that a machine can count to."""
+    return Bound(keys, lambda number: 1 <= number <= most, f"at least 1 and at most {most}")
+
+
 def limit(*keys: str) -> Bound:
     """How many rows."""
     return Bound(keys, lambda number: number == -1 or number >= 1, "-1 (all) or at least 1")
@@ -74,7 +79,7 @@ def unusable_values(config: object, choices: Choices, bounds: Iterable[Bound]) -
 def missing_paths(paths: Mapping[str, str | None]) -> Iterator[str]:
     """Complaints about files and folders that aren't there; by key."""
     for key, path in paths.items():
-        if path is not None and not Path(path).expanduser().exists():
+        if path is not None and not (path and Path(path).expanduser().exists()):
             yield f"{key}={path}: no such file or folder; correct the path"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,12 +17,11 @@ from megatron_aligndistil.config.rollout_schema import RewardConfig, RolloutConf
 from megatron_aligndistil.config.schema import PPOModelConfig
 from megatron_aligndistil.data.chat import stop_token_ids
 from megatron_aligndistil.data.records import read_records
-from megatron_aligndistil.errors import RolloutError
 from megatron_aligndistil.evaluation.answers import Answers
 from megatron_aligndistil.evaluation.passes import Listed, kept_of
 from megatron_aligndistil.kernels.settings import MIB
 from megatron_aligndistil.launch.analysis_bench import NUMBERS_WINDOW, Bench, Named, sampled
-from megatron_aligndistil.launch.rollouts import engine_of
+from megatron_aligndistil.launch.rollouts import RUNS_REWARD, RUNS_ROLLOUT, engine_of, keys_under
 from megatron_aligndistil.models.lora import active
 from megatron_aligndistil.parallel import collectives, groups
 from megatron_aligndistil.rollout.engine import Request, Sampling, seed_of
@@ -32,7 +31,7 @@ from megatron_aligndistil.types import Sequence as TokenSequence
 
 logger = logging.getLogger(__name__)
 
-_RUNS_REWARD, REWARD = "model.reward", "analysis.reward"
+REWARD, SAMPLING = "analysis.reward", "analysis.sampling"
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,12 @@ def text_of(prompt: Sequence[Message]) -> str:
 
 
 @contextmanager
-def engines_of(bench: Bench, named: Named, sampling: SamplingConfig, folder: Path) -> Iterator[EngineGroup]:
+def engines_of(
+    bench: Bench, named: Named, sampling: SamplingConfig, folder: Path, section: str = SAMPLING
+) -> Iterator[EngineGroup]:
     """Every rank's engines with the sharded model's weights. A vLLM server starts from ``folder``.
+
+    Messages name the keys under ``section``.
 
     Raises:
         RolloutError: the engine doesn't start.
@@ -90,15 +93,14 @@ def engines_of(bench: Bench, named: Named, sampling: SamplingConfig, folder: Pat
     here = replace(model, restore_from_path=named.path, frozen=replace(model.frozen, offload=False))
     own = Bench(replace(bench.run, model=here), bench.settings)
     frozen = own.model(named, hidden_states)
-    engine, dtype = engine_of(own.run, RolloutConfig(**vars(sampling)), frozen.chunks[0], folder)
+    with keys_under(section, RUNS_ROLLOUT):
+        engine, dtype = engine_of(own.run, RolloutConfig(**vars(sampling)), frozen.chunks[0], folder)
     group = EngineGroup(engine, frozen.chunks, Stream(dtype, sampling.sync_bucket_mib * MIB))
-    try:
+    with keys_under(section, RUNS_ROLLOUT), closing(group):
         group.wake()
         with active(frozen.chunks, frozen.adapter):
             group.sync()
         yield group
-    finally:
-        group.close()
 
 
 def draw(bench: Bench, named: Named, asked: Sequence[Example], sampling: SamplingConfig, folder: Path) -> Drawn:
@@ -139,7 +141,7 @@ def reward_models(config: AnswerRewardConfig, baseline: str, section: str = REWA
     if config.source is None:
         return []
     roles = _reward(config, PPOModelConfig(restore_from_path=baseline), section).roles
-    return [Named(role.config_key.replace(_RUNS_REWARD, section), role.path, role.scalar) for role in roles.values()]
+    return [Named(role.config_key.replace(RUNS_REWARD, section), role.path, role.scalar) for role in roles.values()]
 
 
 def scores(
@@ -157,7 +159,7 @@ def scores(
     listed = Listed([example for own in answers.values() for example in own])
     statistics: list[dict[str, np.ndarray]] = [{} for _ in range(len(listed))]
     for name, role in reward.roles.items():
-        named = Named(role.config_key.replace(_RUNS_REWARD, section), role.path, role.scalar)
+        named = Named(role.config_key.replace(RUNS_REWARD, section), role.path, role.scalar)
         frozen = bench.model(named, role.keep)
         found = bench.passes(NUMBERS_WINDOW).run({name: frozen}, role.keep, kept_of(name), listed)
         for own, kept in zip(statistics, found, strict=True):
@@ -183,20 +185,16 @@ def _of_texts(bench: Bench, reward: Reward, answers: Mapping[str, Sequence[Examp
         ]
         places = [f"{name}, answer {i + 1}" for name, own in answers.items() for i in range(len(own))]
         assert reward.function is not None
-        try:
+        with keys_under(section, RUNS_REWARD):
             found = reward.function.scores(prompts, texts, places)
-        except RolloutError as error:
-            raise RolloutError(str(error).replace(_RUNS_REWARD, section)) from error
     found = collectives.from_first_rank(found)
     assert found is not None
     return found
 
 
 def _reward(config: AnswerRewardConfig, model: PPOModelConfig, section: str) -> Reward:
-    try:
+    with keys_under(section, RUNS_REWARD):
         return reward_of(replace(model, reward=RewardConfig(**vars(config))))
-    except RolloutError as error:
-        raise RolloutError(str(error).replace(_RUNS_REWARD, section)) from error
 
 
 def answers_of(drawn: Mapping[str, Drawn], scored: Mapping[str, np.ndarray]) -> dict[str, Answers]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_aligndistil.algorithms.algorithm import Keep, Role
 from megatron_aligndistil.checkpoint.locate import metadata_source
+from megatron_aligndistil.checkpoint.weights import check_weights
 from megatron_aligndistil.config.schema import RunConfig
 from megatron_aligndistil.data.collate import MicroBatching
 from megatron_aligndistil.data.examples import Coordination, ExampleSet, load_examples
@@ -20,7 +21,7 @@ from megatron_aligndistil.data.records import Kind
 from megatron_aligndistil.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_aligndistil.errors import CheckpointError
 from megatron_aligndistil.evaluation.passes import Passes
-from megatron_aligndistil.launch.models import frozen_models, model_settings
+from megatron_aligndistil.launch.models import checked_architecture, frozen_models, model_settings
 from megatron_aligndistil.models.frozen import FrozenModel
 from megatron_aligndistil.models.policy import ModelSettings
 from megatron_aligndistil.parallel import collectives, setup
@@ -103,6 +104,20 @@ def bench(run: RunConfig) -> Iterator[Bench]:
         yield Bench(run, model_settings(run, layout))
     finally:
         setup.shutdown()
+
+
+def check_models(run: RunConfig, models: Sequence[Named]) -> None:
+    """Look at every model before the first is loaded: one that cannot be used shows at once.
+
+    Raises:
+        CheckpointError: a path is no model, of the other kind than is needed, or a file of it is missing or cut short.
+        ConfigError: a model does not fit the layout or the lengths.
+        DataError: its tokenizer cannot be read.
+    """
+    for own in models:
+        checked_architecture(run, own.key, own.path, own.scalar)
+        check_weights(own.path)
+        load_tokenizer(str(metadata_source(own.path)), run.model.data.chat_template)
 
 
 def check_tokenizers(models: Sequence[Named]) -> None:

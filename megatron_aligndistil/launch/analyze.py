@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--config-dir {arguments.config_dir}: has no effect without --config-name; add it")
     config = load_overrides(ANALYSES[name], arguments.overrides, name, own)
     check(config)
-    run = as_run(config.trainer, config.model, _first_model(config))
+    run = as_run(config, _first_model(config))
     placement = torchrun.placement_from(os.environ)
     configure_logging(0 if placement is None else placement.rank)
     if isinstance(config, ExtrapolationAnalysisConfig):
@@ -69,6 +69,7 @@ def _analyse(name: str, config: AnalysisConfig, run: RunConfig, argv: Sequence[s
     start = time.perf_counter()
     module: Any = import_module(f"{__package__}.{MODULES[name]}")
     models = module.models_of(config)
+    analysis_bench.check_models(run, models)
     analysis_bench.check_tokenizers(models)
     with analysis_bench.bench(run) as bench:
         measured = module.measure(config, bench)

@@ -7,8 +7,10 @@ import json
 import math
 import os
 import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -59,21 +61,46 @@ def main(argv: Sequence[str]) -> int:
     if judge is not None and failures.LAUNCHER_PID not in os.environ:
         judge.check()
         cache.check()
+
+    def report(answers: Mapping[str, Sequence[Answer]]) -> None:
+        _report(name, config, evaluation, answers, judge, (start, argv))
+
     first = _first_model(config, evaluation)
     answers: Mapping[str, Sequence[Answer]] | None = ready
     if first is not None:
-        run = as_run(config.trainer, config.model, first)
+        run = as_run(config, first)
         if placement is None and run.trainer.num_nodes * run.trainer.devices > 1:
             check_here(run)
             return torchrun.launch(("-m", "megatron_aligndistil", "evaluate", *argv), run)
         with torchrun.entered(placement or torchrun.alone(), run):
             check_here(run)
-            answers = _answered(config, run, evaluation, ready, cache)
+            with _answering(config, run, evaluation, ready, cache) as answers:
+                if run.trainer.num_nodes > 1:
+                    _while_others_wait(report, answers, judge)
+                    return 0
     if answers is not None and (placement is None or placement.rank == 0):
         # A scheduler's SIGTERM, like Ctrl-C, first lets the requests under way come to an end.
         signal.signal(signal.SIGTERM, _interrupted)
-        _report(name, config, evaluation, answers, judge, (start, argv))
+        report(answers)
     return 0
+
+
+def _while_others_wait(
+    report: Callable[[Mapping[str, Sequence[Answer]]], None],
+    answers: Mapping[str, Sequence[Answer]] | None,
+    judge: Judge | None,
+) -> None:
+    """Judge and report on the first rank. A node whose ranks had ended would be taken for lost by the others."""
+    from megatron_aligndistil.parallel.waiting import made_by_first_rank
+
+    def work(stop: threading.Event) -> None:
+        assert answers is not None
+        if judge is not None:
+            judge.stop = stop
+        report(answers)
+
+    signal.signal(signal.SIGTERM, _interrupted)
+    made_by_first_rank(work, "judging", lambda: False)
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
@@ -117,20 +144,26 @@ def _first_model(config: EvaluationConfig, evaluation: Evaluation) -> str | None
     return paths[0] if paths else None
 
 
-def _answered(
+@contextmanager
+def _answering(
     config: EvaluationConfig,
     run: RunConfig,
     evaluation: Evaluation,
     ready: Mapping[str, Sequence[Answer]],
     cache: ContentCache,
-) -> dict[str, Sequence[Answer]] | None:
-    """Every model's answers, in the order that they were named in; None on all ranks but the first."""
+) -> Iterator[dict[str, Sequence[Answer]] | None]:
+    """Every model's answers, in the order that they were named in, while the process groups are there.
+
+    None on all ranks but the first.
+    """
     from megatron_aligndistil.launch import analysis_bench
     from megatron_aligndistil.launch.evaluation_answers import Respondent
 
     models = {name: analysis_bench.Named(key, path) for name, (key, path) in models_of(config).items()}
+    every = [*evaluation.reward_models, *models.values()]
+    analysis_bench.check_models(run, every)
     if evaluation.reward_models:
-        analysis_bench.check_tokenizers([*evaluation.reward_models, *models.values()])
+        analysis_bench.check_tokenizers(every)
     with analysis_bench.bench(run) as bench:
         drawn = {
             name: Respondent(bench, config, evaluation.max_new_tokens, cache, name, named).conversations(
@@ -139,9 +172,8 @@ def _answered(
             for name, named in models.items()
         }
         evaluation.measure(bench, drawn, ready)
-    if int(os.environ["RANK"]) != 0:
-        return None
-    return {name: [own.answer for own in conversations] for name, conversations in drawn.items()} | dict(ready)
+        answers = {name: [own.answer for own in conversations] for name, conversations in drawn.items()}
+        yield None if int(os.environ["RANK"]) else answers | dict(ready)
 
 
 def _report(
@@ -174,11 +206,18 @@ def _report(
         "seconds": round(time.perf_counter() - start, 1),
     }
     results_text = json.dumps(_plain(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    for file, text in {**scored.files, RESULTS_FILE: results_text}.items():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        write_text(folder / file, text)
     report = replace(scored.report, notes=[*scored.report.notes, *_sampling_note(config, evaluation, drawn)])
-    report.write(folder, settings)
+    try:
+        for file, text in {**scored.files, RESULTS_FILE: results_text}.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            write_text(folder / file, text)
+        report.write(folder, settings)
+    except OSError as error:
+        where = error.filename2 or error.filename or folder
+        raise ConfigError(
+            f"output={config.output}: cannot write {where} ({error.strerror or error}); make room there, or name "
+            "another folder: the same command finds all answers and judgments"
+        ) from error
     print(f"{report.markdown}\n{folder}", flush=True)
 
 

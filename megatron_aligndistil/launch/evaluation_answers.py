@@ -38,6 +38,7 @@ from megatron_aligndistil.types import Sequence as TokenSequence
 
 logger = logging.getLogger(__name__)
 
+SAMPLING = "sampling"  # the section of how answers are drawn
 VLLM_WINDOW = 256  # answers drawn between two writes to the cache; of transformers a batch a rank
 
 
@@ -104,7 +105,9 @@ class Respondent:
             def engine() -> EngineGroup:
                 if not engines:
                     folder = Path(self.config.output).expanduser() / "engines" / self.name
-                    engines.append(stack.enter_context(engines_of(self.bench, self.named, self._sampling(), folder)))
+                    engines.append(
+                        stack.enter_context(engines_of(self.bench, self.named, self._sampling(), folder, SAMPLING))
+                    )
                 return engines[0]
 
             for turn in range(1 + max((len(question.further_turns) for question in questions), default=0)):

@@ -19,7 +19,7 @@ LOCK = ".lock"
 
 
 def log_directory(exp_manager: ExpManagerConfig) -> Path:
-    """Where the run's results go.
+    """Where the run's results go; ``~`` is the home folder.
 
     Raises:
         ConfigError: the folder is named twice, as a whole and in parts.
@@ -32,7 +32,8 @@ def log_directory(exp_manager: ExpManagerConfig) -> Path:
                 f"exp_manager.{key}={value}: has no effect with exp_manager.explicit_log_dir={explicit}; remove one of "
                 "them"
             )
-    return Path(explicit or Path(exp_manager.exp_dir or "runs", exp_manager.name, exp_manager.version or ""))
+    folder = Path(explicit or Path(exp_manager.exp_dir or "runs", exp_manager.name, exp_manager.version or ""))
+    return folder.expanduser()
 
 
 def cannot_write(folder: Path, error: OSError) -> ConfigError:

@@ -20,6 +20,7 @@ from megatron_aligndistil.config.checks import check_model
 from megatron_aligndistil.config.peft_rules import lora_targets
 from megatron_aligndistil.config.schema import RunConfig
 from megatron_aligndistil.errors import CheckpointError, ConfigError
+from megatron_aligndistil.models.architecture import Architecture
 from megatron_aligndistil.models.frozen import FrozenModel
 from megatron_aligndistil.models.lora import TRAINED, LoRASettings, attach, draw
 from megatron_aligndistil.models.policy import (
@@ -157,6 +158,21 @@ def frozen_models(
     return {name: by_path[role.path, role.scalar] for name, role in roles.items()}
 
 
+def checked_architecture(config: RunConfig, key: str, path: str, scalar: bool) -> Architecture:
+    """That of the model which ``key`` names.
+
+    Raises:
+        CheckpointError: the path is no model, or the other kind (language or reward model) than is needed.
+        ConfigError: it does not fit the layout or the lengths.
+    """
+    architecture = read_architecture(path)
+    if architecture.scalar_head != scalar:
+        found, wanted = ("a reward model", "a language model")[:: 1 if architecture.scalar_head else -1]
+        raise CheckpointError(f"{key}={path}: {found}, and {wanted} is needed; give another path")
+    check_model(config, architecture)
+    return architecture
+
+
 class Bases:
     """Models by the path of their weights, each built once; adapters are laid over them."""
 
@@ -171,11 +187,7 @@ class Bases:
 
     def model(self, name: str, role: Role) -> FrozenModel:
         """The frozen model of a role; an adapter is laid over its base under ``name``."""
-        architecture = read_architecture(role.path)
-        if architecture.scalar_head != role.scalar:
-            found, wanted = ("a reward model", "a language model")[:: 1 if architecture.scalar_head else -1]
-            raise CheckpointError(f"{role.config_key}={role.path}: {found}, and {wanted} is needed; give another path")
-        check_model(self.config, architecture)
+        architecture = checked_architecture(self.config, role.config_key, role.path, role.scalar)
         _verify(self.config, role.path)
         saved = saved_adapter(role.path)
         base = model_path(role.path) if saved is None else saved.base

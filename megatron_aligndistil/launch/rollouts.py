@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from megatron_aligndistil.data.chat import stop_token_ids
 from megatron_aligndistil.data.collate import MicroBatching
 from megatron_aligndistil.data.examples import ExampleSet
 from megatron_aligndistil.data.tokenizer import load_tokenizer
+from megatron_aligndistil.errors import RolloutError
 from megatron_aligndistil.kernels.settings import MIB
 from megatron_aligndistil.models.frozen import FrozenModel
 from megatron_aligndistil.models.policy import HiddenStateModel
@@ -36,6 +38,7 @@ from megatron_aligndistil.trainer.rollout_source import Prompts, RolloutSource, 
 
 logger = logging.getLogger(__name__)
 
+RUNS_ROLLOUT, RUNS_REWARD = "model.rollout", "model.reward"  # a run's sections
 ENGINE_FOLDER = "engine"  # in the log folder: config and tokenizer that a server starts from, and its log
 _VLLM_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -48,6 +51,15 @@ class RolloutModels:
     critic: Sequence[HiddenStateModel]
     frozen: Mapping[str, FrozenModel]
     experience: Experience
+
+
+@contextmanager
+def keys_under(section: str, of: str) -> Iterator[None]:
+    """Where engines and rewards are another section's than a run's ``of``, their errors name its keys."""
+    try:
+        yield
+    except RolloutError as error:
+        raise RolloutError(str(error).replace(f"{of}.", f"{section}.")) from error
 
 
 def rollout_source(

@@ -200,7 +200,7 @@ class _Planner:
         here = [override(key, initial) for key, path in models.items() if not path.exists()]
         config = compose.load_overrides(RewardAccuracyAnalysisConfig, [*shared, *here, *own], _ANALYSIS)
         analysis_rules.check(config)
-        analysis_rules.as_run(config.trainer, config.model, initial)
+        analysis_rules.as_run(config, initial)
         return Task(EVALUATE, ("analyze", _ANALYSIS, *shared, *own), output)
 
 

@@ -68,7 +68,7 @@ def plan(recipe: Recipe, settings: SlurmConfig) -> Plan:
     if gpus is None:
         gpus = 0 if asked.trainer.accelerator == "cpu" else asked.trainer.devices
     devices = gpus or asked.trainer.devices
-    log_dir = Path(os.path.abspath(log_directory(asked.exp_manager).expanduser()))
+    log_dir = Path(os.path.abspath(log_directory(asked.exp_manager)))
     derived = {
         NODES: nodes,
         DEVICES: devices,

@@ -109,7 +109,7 @@ def launch(command: Sequence[str], config: RunConfig) -> int:
         raise ConfigError(
             f"trainer.num_nodes={trainer.num_nodes}: no launcher has started this process; start it on every node with "
             f"{RENDEZVOUS}=<first node>:<port> set, or by srun with one task a rank, or by torchrun --nnodes "
-            f"{trainer.num_nodes} -m megatron_aligndistil train"
+            f"{trainer.num_nodes} {' '.join(command[:3] if command[0] == '-m' else command[:1])}"
         )
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException

@@ -33,7 +33,7 @@ from megatron_aligndistil.launch.analysis_bench import NUMBERS_WINDOW, Bench, Na
 from megatron_aligndistil.launch.evaluate import judge_of
 from megatron_aligndistil.launch.evaluate_pairwise import MAX_TOKENS, judge_prompt
 from megatron_aligndistil.launch.evaluation_answers import VLLM_WINDOW
-from megatron_aligndistil.launch.rollouts import engine_of
+from megatron_aligndistil.launch.rollouts import RUNS_REWARD, RUNS_ROLLOUT, engine_of, keys_under
 from megatron_aligndistil.models.frozen import FrozenModel
 from megatron_aligndistil.models.policy import HiddenStateModel
 from megatron_aligndistil.parallel import collectives, groups, heartbeat
@@ -48,6 +48,7 @@ from megatron_aligndistil.types import Example, Sample
 logger = logging.getLogger(__name__)
 
 FOLDER = "evaluation"  # in the log folder
+OWN_REWARD, OWN_SAMPLING = "evaluation.reward", "evaluation.sampling"
 
 Interrupted = Callable[[], bool]
 
@@ -79,12 +80,10 @@ def measures(config: RunConfig, log_dir: Path) -> Measures | None:
     reward = None
     if own.reward.source is not None:
         wanted = RewardConfig(**vars(own.reward))
-        try:
+        with keys_under(OWN_REWARD, RUNS_REWARD):
             reward = reward_of(
                 PPOModelConfig(restore_from_path=model.restore_from_path, kernel=model.kernel, reward=wanted)
             )
-        except RolloutError as error:
-            raise RolloutError(_own_key(str(error))) from error
     found = Measures(reward, _comparison(own, log_dir / FOLDER))
     named = [Named(role.config_key, role.path, role.scalar) for role in found.roles.values()]
     check_tokenizers([Named("model.restore_from_path", model.restore_from_path), *named])
@@ -96,7 +95,7 @@ def measures(config: RunConfig, log_dir: Path) -> Measures | None:
 
 
 def _own_key(text: str) -> str:
-    return text.replace("model.reward", "evaluation.reward")
+    return text.replace(RUNS_REWARD, OWN_REWARD)
 
 
 def _comparison(own: TrainingEvaluationConfig, folder: Path) -> Comparison | None:
@@ -165,9 +164,10 @@ class PolicyEvaluation:
             self._engines = self.rollouts.engines
             return
         chunks, sampling = self.trained.chunks, self.own.sampling
-        engine, dtype = engine_of(self.config, RolloutConfig(**vars(sampling)), chunks[0], self.trained.log_dir)
-        self._engines = EngineGroup(engine, chunks, Stream(dtype, sampling.sync_bucket_mib * MIB))
-        self._engines.sleep()
+        with keys_under(OWN_SAMPLING, RUNS_ROLLOUT):
+            engine, dtype = engine_of(self.config, RolloutConfig(**vars(sampling)), chunks[0], self.trained.log_dir)
+            self._engines = EngineGroup(engine, chunks, Stream(dtype, sampling.sync_bucket_mib * MIB))
+            self._engines.sleep()
 
     def close(self) -> None:
         """End the engine that was started here."""
@@ -181,7 +181,8 @@ class PolicyEvaluation:
             RolloutError: the engine was lost too often, or before training the reward function fails.
         """
         start = time.perf_counter()
-        samples = self._answers(interrupted)
+        with keys_under(OWN_SAMPLING if self.rollouts is None else RUNS_ROLLOUT, RUNS_ROLLOUT):
+            samples = self._answers(interrupted)
         if samples is None:
             return None
         texts = [str(self.tokenizer.decode(own.tokens.tolist(), skip_special_tokens=True)).strip() for own in samples]

@@ -25,10 +25,12 @@ def made_by_first_rank(
     stop = threading.Event()
     with ThreadPoolExecutor(1, thread_name_prefix=phase) as pool:
         future = pool.submit(work, stop) if groups.world().rank == 0 else None
-        while True:
-            heartbeat.beat(phase)
-            if collectives.from_first_rank(future is not None and bool(wait([future], _POLL_SECONDS).done)):
-                return collectives.from_first_rank(None if future is None else future.result())
-            if interrupted():
-                stop.set()
-                return None
+        try:
+            while True:
+                heartbeat.beat(phase)
+                if collectives.from_first_rank(future is not None and bool(wait([future], _POLL_SECONDS).done)):
+                    return collectives.from_first_rank(None if future is None else future.result())
+                if interrupted():
+                    return None
+        finally:
+            stop.set()  # the pool waits for its thread, whatever has ended this

@@ -267,7 +267,8 @@ def find_interpreter(settings: VLLMConfig) -> Interpreter:
     Raises:
         RolloutError: it can't be run or has no vLLM.
     """
-    path = settings.python or (str(OWN_VENV.absolute()) if OWN_VENV.exists() else sys.executable)
+    found_here = str(OWN_VENV.absolute()) if OWN_VENV.exists() else sys.executable
+    path = os.path.expanduser(settings.python or found_here)
     remedy = "build one by 'make vllm', or 'pip install vllm' for GPUs, and give its path"
     try:
         result = subprocess.run(
@@ -297,7 +298,7 @@ def handover_folder(settings: VLLMConfig) -> Path:
     shared_memory = "/dev/shm"
     above = settings.sync_dir or (shared_memory if os.access(shared_memory, os.W_OK) else tempfile.gettempdir())
     try:
-        return Path(tempfile.mkdtemp(prefix="aligndistil-vllm-", dir=above))
+        return Path(tempfile.mkdtemp(prefix="aligndistil-vllm-", dir=Path(above).expanduser()))
     except OSError as error:
         raise RolloutError(f"{KEY}.sync_dir={above}: {error.strerror}; give a folder that can be written") from None
 

@@ -50,7 +50,7 @@ def measured(argvs: list[list[str]]) -> list[Any]:
     for name, *overrides in argvs:
         config: Any = load_overrides(ANALYSES[name], overrides, name)
         module = import_module(f"megatron_aligndistil.launch.{MODULES[name]}")
-        with analysis_bench.bench(as_run(config.trainer, config.model, config.models.dpo)) as bench:
+        with analysis_bench.bench(as_run(config, config.models.dpo)) as bench:
             found.append(module.measure(config, bench))
     return found
 

@@ -107,7 +107,7 @@ def test_settings_of_analyses_and_certificate(record) -> None:
             return
         config = load_overrides(schemas[name], ["output=out", *needed[name], *given], name)
         (evaluation_rules if name in EVALUATIONS else analysis_rules).check(config)
-        analysis_rules.as_run(config.trainer, config.model, ".")
+        analysis_rules.as_run(config, ".")
 
     pairs = st.sampled_from(list(schemas)).flatmap(lambda name: overrides(keys[name]).map(lambda given: (name, given)))
     record(reader.fuzz(pairs, lambda pair: reader.read(lambda: run(*pair), *SECTIONS, *pair[1], *folded(pair[1]))))

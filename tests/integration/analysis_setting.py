@@ -33,12 +33,15 @@ class Setting:
 
     def arguments(self, analysis: str, output: str, *overrides: str) -> list[str]:
         """What follows ``analyze``, in fp32."""
+        data = (f"model.data.cache_dir={self.folder / 'cache'}", "model.data.max_prompt_length=96")
+        return self.passes(analysis, output, *data, *overrides)
+
+    def passes(self, command: str, output: str, *overrides: str) -> list[str]:
+        """What follows ``analyze`` or ``evaluate``, but for an analysis's data, in fp32."""
         return [
-            analysis,
+            command,
             f"output={self.folder / output}",
-            f"model.data.cache_dir={self.folder / 'cache'}",
             "model.encoder_seq_length=128",
-            "model.data.max_prompt_length=96",
             "model.micro_batch_size=4",
             "trainer.precision=32",
             *overrides,

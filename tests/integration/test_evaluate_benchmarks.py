@@ -46,7 +46,6 @@ def answering(model: Path) -> tuple[str, ...]:
     return (
         f"model={model}",
         "model.encoder_seq_length=128",
-        "model.data.max_prompt_length=96",
         "trainer.precision=32",
         "sampling.max_new_tokens=6",
     )

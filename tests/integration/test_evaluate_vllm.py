@@ -16,9 +16,10 @@ import pytest
 from megatron_aligndistil.checkpoint import convert
 from megatron_aligndistil.config.rollout_schema import VLLMConfig
 from megatron_aligndistil.rollout.vllm_server import StartedServer
+from tests.integration.analysis_setting import Setting
 from tests.integration.benchmark_folders import write_alpaca_eval, write_arena_hard, write_mt_bench
+from tests.integration.evaluating import kept_in
 from tests.integration.program import LIMIT_SECONDS, run, start, write_pairs
-from tests.integration.test_evaluate import Setting, kept_in
 from tests.integration.test_vllm import INTERPRETER, a_model
 from tests.integration.test_vllm import pytestmark as vllm_is_there
 
@@ -77,7 +78,6 @@ def answering(setting: Setting) -> tuple[str, ...]:
     return (
         f"+models.own={setting.models['model']}",
         "model.encoder_seq_length=128",
-        "model.data.max_prompt_length=96",
         "trainer.precision=32",
         "sampling.max_new_tokens=6",
     )

@@ -58,6 +58,11 @@ class TestPaths:
         with refusal("state.json", "format 99"):
             locate.read_state(checkpoint)
 
+    def test_the_home_folder(self, checkpoint, monkeypatch):
+        monkeypatch.setenv("HOME", str(checkpoint.parent))
+        assert locate.kind_of(f"~/{checkpoint.name}") == "megatron"
+        assert locate.model_path(f"~/{checkpoint.name}") == checkpoint
+
     def test_a_run_gives_its_newest_complete_checkpoint(self, tmp_path):
         for step, complete in {2: True, 9: True, 10: True, 11: False}.items():
             folder = tmp_path / "checkpoints" / f"step_{step}"

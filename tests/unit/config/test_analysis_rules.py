@@ -68,10 +68,11 @@ def test_the_run_has_the_layout_and_whole_rounds_of_micro_batches(tmp_path: Path
         "model.micro_batch_size=3",
         "model.data.batching=bucketed",
     )
-    run = as_run(own.trainer, own.model, "m")
+    run = as_run(own, "m")
     assert (run.model.restore_from_path, run.model.global_batch_size) == ("m", 2 * 3 * 2)
     assert run.trainer.devices == 8 and run.model.tensor_model_parallel_size == 2
     assert run.model.kernel is own.model.kernel
+    assert run.exp_manager.explicit_log_dir == own.output, "where ranks of several nodes leave their reports"
 
 
 @pytest.mark.parametrize(
@@ -82,13 +83,15 @@ def test_the_run_has_the_layout_and_whole_rounds_of_micro_batches(tmp_path: Path
         ("model.data.batching=packed", "micro_batch_size=8"),
         ("model.sequence_parallel=true", "needs model.tensor_model_parallel_size"),
         ("model.data.max_prompt_length=2048", "leaves no room for a response"),
+        ("model.seed=2147483648", r"model\.seed=2147483648: out of range; must be at most 2147483647"),
+        ("trainer.timeout_minutes=1e300", r"trainer\.timeout_minutes=1e\+300: out of range; must be at most 525600"),
     ],
 )
 def test_what_no_run_takes_no_analysis_takes(override: str, words: str, tmp_path: Path) -> None:
     layout = "model.tensor_model_parallel_size=" + ("2" if "devices" in override else "1")
     with pytest.raises(ConfigError, match=words):
         own = config("reward_accuracy", tmp_path, layout, override)
-        as_run(own.trainer, own.model, "m")
+        as_run(own, "m")
 
 
 def test_an_own_yaml_comes_between_the_defaults_and_the_command_line(tmp_path: Path) -> None:

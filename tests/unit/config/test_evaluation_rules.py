@@ -54,6 +54,13 @@ def test_a_good_configuration_is_taken(name: str, tmp_path: Path) -> None:
         ("mt_bench", "sampling.engine=tgi", "choose one of hf, vllm"),
         ("mt_bench", "sampling.max_new_tokens=0", r"sampling\.max_new_tokens=0: out of range"),
         ("mt_bench", "+models={{a/b: {here}}}", r"models\.a/b: a name has letters"),
+        ("mt_bench", f"+models.{'a' * 101}={{here}}", r"a: a name has letters.* 100 at most"),
+        ("mt_bench", "model.restore_from_path=", r"model\.restore_from_path=: no such file"),
+        ("mt_bench", "model.encoder_seq_length=1", r"model\.encoder_seq_length=1: out of range; must be at least 2"),
+        ("mt_bench", "bootstrap_samples=1000001", r"at least 1 and at most 1000000"),
+        ("mt_bench", "+judge.extra_body.temperature=1", r"judge\.extra_body\.temperature=1: .* by the evaluation"),
+        ("mt_bench", "+judge.extra_body.model=b", r"judge\.extra_body\.model=b: .* its own by judge\.model; remove"),
+        ("mt_bench", "+judge.extra_body.stream=true", r"extra_body\.stream=True: .* reads one reply"),
         ("mt_bench", "+outputs.own={here}", r"outputs\.own: a model has this name too"),
         ("mt_bench", "output=/dev/null/x", r"output=/dev/null/x: no folder can be made there"),
         ("arena_hard", "benchmark.strong_weight=0", r"benchmark\.strong_weight=0: out of range"),
@@ -101,3 +108,16 @@ def test_models_are_named_by_their_folders(tmp_path: Path) -> None:
         check(
             config("mt_bench", tmp_path, f"model.restore_from_path={tmp_path}", f"+models.{tmp_path.name}={tmp_path}")
         )
+
+
+def test_the_benchmarks_answers_have_their_room(tmp_path: Path) -> None:
+    """Beside a prompt of some length, and in MT-Bench a first turn."""
+    rooms = {name: config(name, tmp_path).model.encoder_seq_length for name in EVALUATIONS}
+    assert rooms["alpaca_eval"] == 2048 + 2048 and rooms["mt_bench"] == 2 * 1024 + 2048
+    assert rooms["arena_hard"] == 4096 + 4096 and rooms["tldr"] == 2048
+
+
+def test_the_short_form_is_the_command_lines_own(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("defaults: [mt_bench, _self_]\nmodel: runs/aligned\n")
+    with pytest.raises(ConfigError, match=r"own\.yaml: runs/aligned: a single value where a section belongs; write"):
+        load_overrides(EVALUATIONS["mt_bench"], ["output=o"], "mt_bench", ("own", tmp_path))

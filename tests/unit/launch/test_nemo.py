@@ -23,9 +23,12 @@ from megatron_aligndistil.launch.log_folder import log_directory
         ({"exp_dir": "/results"}, "/results/mine"),
         ({"exp_dir": "/results", "version": "v2"}, "/results/mine/v2"),
         ({"explicit_log_dir": "/results/here"}, "/results/here"),
+        ({"explicit_log_dir": "~/here"}, "/home/me/here"),
+        ({"exp_dir": "~"}, "/home/me/mine"),
     ],
 )
-def test_log_directory(given, folder):
+def test_log_directory(given, folder, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
     assert log_directory(ExpManagerConfig(name="mine", **given)) == Path(folder)
 
 

@@ -108,9 +108,10 @@ def test_the_environment_is_restored(monkeypatch):
 
 def test_many_nodes_need_a_launcher():
     with pytest.raises(
-        ConfigError, match=r"trainer.num_nodes=2: no launcher .* PET_RDZV_ENDPOINT.* srun .* torchrun --nnodes 2"
+        ConfigError,
+        match=r"num_nodes=2: no launcher .* PET_RDZV_ENDPOINT.* srun .* torchrun --nnodes 2 -m program evaluate$",
     ):
-        torchrun.launch(["-c", "pass"], config_of(2, 8))
+        torchrun.launch(["-m", "program", "evaluate", "output=o"], config_of(2, 8))
 
 
 def test_a_rank_alone_meets_nobody():

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from types import SimpleNamespace
 
+import torch
+
+from megatron_aligndistil.errors import Preempted
 from megatron_aligndistil.parallel import heartbeat
 from megatron_aligndistil.parallel.waiting import made_by_first_rank
 from megatron_aligndistil.trainer.evaluation import Evaluated, EvaluationHook
 from megatron_aligndistil.trainer.hooks import Hook
+from megatron_aligndistil.trainer.interruption import Interruption
+from megatron_aligndistil.trainer.loop import LoopSettings, Trainer
 from tests.distributed.harness import run_ranks
 
 
@@ -66,6 +72,34 @@ def _timetable(folder) -> None:
     assert not list(folder.iterdir()), "answers of a run that starts afresh are its own"
 
 
+class Steps(Trainer):
+    """Steps of no work."""
+
+    def train_step(self):
+        return {}
+
+
+def _ends(folder, stops_at: int) -> str:
+    """What a run of four steps says that gets a signal in an evaluation."""
+    interruption = Interruption()
+
+    class Signalled(Policy):
+        def evaluate(self, step, interrupted):
+            if step == stops_at:
+                interruption.received = signal.SIGUSR1
+            return super().evaluate(step, interrupted)
+
+    model = SimpleNamespace(chunks=[torch.nn.Linear(1, 1)])
+    hook = EvaluationHook(Signalled(stops_at), 2, False, folder)
+    settings = LoopSettings(4, 0, False, False, folder)
+    source = SimpleNamespace(steps_per_epoch=4)
+    try:
+        Steps([SimpleNamespace(model=model)], source, settings, [hook], interruption).fit()
+    except Preempted as stopped:
+        return str(stopped)
+    return "done"
+
+
 def _waits() -> None:
     beats = heartbeat.current().number
     assert made_by_first_rank(lambda stop: time.sleep(2.5) or "made", "judge", lambda: False) == "made"
@@ -78,6 +112,13 @@ def _waits() -> None:
 
 def test_evaluations_are_made_once_each_in_time(tmp_path):
     run_ranks(1, _timetable, tmp_path)
+
+
+def test_a_run_whose_last_evaluation_is_put_off_has_stopped(tmp_path):
+    """A scheduler starts it again, so that it is made up for."""
+    assert run_ranks(1, _ends, tmp_path / "last", 4)[0].startswith("stopped by SIGUSR1 after step 4 of 4")
+    assert run_ranks(1, _ends, tmp_path / "before", 2)[0].startswith("stopped by SIGUSR1 after step 2 of 4")
+    assert run_ranks(1, _ends, tmp_path / "none", 3) == ["done"]
 
 
 def test_ranks_beat_while_they_wait_for_the_first_ones_work():
