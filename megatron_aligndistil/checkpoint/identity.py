@@ -6,8 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_aligndistil.checkpoint.adapter_config import STATE_KEY, from_state, read_peft
-from megatron_aligndistil.checkpoint.locate import kind_of, model_path, read_state
+from megatron_aligndistil.checkpoint.locate import kind_of, model_path, saved_adapter
 from megatron_aligndistil.checkpoint.manifest import MANIFEST, record_of
 
 # What a Hugging Face or PEFT folder's answers depend on.
@@ -39,14 +38,5 @@ def _parts(path: Path) -> Iterator[tuple[str, str]]:
         files = {file for pattern in _PATTERNS for file in found.glob(pattern) if file.is_file()}
         for file in sorted(files):
             yield file.name, record_of(file).sha256
-    base = _base_of(found, kind)
-    if base is not None:
-        yield "base", content_of(base)
-
-
-def _base_of(found: Path, kind: str) -> Path | None:
-    """What an adapter is over, None for a whole model."""
-    if kind == "peft":
-        return read_peft(found).base
-    entry = read_state(found).get(STATE_KEY) if kind == "megatron" else None
-    return from_state(found, entry, scalar=False).base if entry else None
+    if saved := saved_adapter(found):
+        yield "base", content_of(saved.base)

@@ -95,12 +95,11 @@ def engines_of(
     frozen = own.model(named, hidden_states)
     with keys_under(section, RUNS_ROLLOUT):
         engine, dtype = engine_of(own.run, RolloutConfig(**vars(sampling)), frozen.chunks[0], folder)
-    group = EngineGroup(engine, frozen.chunks, Stream(dtype, sampling.sync_bucket_mib * MIB))
-    with keys_under(section, RUNS_ROLLOUT), closing(group):
-        group.wake()
-        with active(frozen.chunks, frozen.adapter):
-            group.sync()
-        yield group
+        with closing(EngineGroup(engine, frozen.chunks, Stream(dtype, sampling.sync_bucket_mib * MIB))) as group:
+            group.wake()
+            with active(frozen.chunks, frozen.adapter):
+                group.sync()
+            yield group
 
 
 def draw(bench: Bench, named: Named, asked: Sequence[Example], sampling: SamplingConfig, folder: Path) -> Drawn:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from megatron_aligndistil.checkpoint.adapter_config import STATE_KEY
 from megatron_aligndistil.checkpoint.identity import content_of
-from megatron_aligndistil.checkpoint.locate import FORMAT, STATE
+from megatron_aligndistil.checkpoint.locate import FORMAT, METADATA, STATE
 from megatron_aligndistil.checkpoint.manifest import MANIFEST
 from megatron_aligndistil.errors import CheckpointError
 from tests.integration.program import write_model
@@ -49,6 +49,7 @@ def test_a_megatron_checkpoint_is_its_manifest(tmp_path: Path) -> None:
 def test_a_runs_adapter_counts_with_its_base(model: Path, tmp_path: Path) -> None:
     base, adapter = shutil.copytree(model, tmp_path / "base"), tmp_path / "adapter"
     (adapter / "weights").mkdir(parents=True)
+    shutil.copytree(model, adapter / METADATA)
     (adapter / MANIFEST).write_text("{}")
     entry = {"rank": 4, "alpha": 8, "targets": ["attention_qkv"], "base": str(base)}
     (adapter / STATE).write_text(json.dumps({"format": FORMAT, "step": 1, STATE_KEY: entry}))

@@ -211,6 +211,13 @@ def test_a_key_that_no_header_holds() -> None:
         Endpoint("http://judge/v1", "m", "schl\xfcssel")
 
 
+def stopped(judge: Judge) -> None:
+    """Told to stop while it asks."""
+    threading.Timer(0.5, judge.stop.set).start()
+    with pytest.raises(Stopped):
+        judge.ask(REQUESTS)
+
+
 def test_a_judge_that_hangs_is_left_when_told_to_stop(cache: ContentCache) -> None:
     over = threading.Event()
 
@@ -219,11 +226,8 @@ def test_a_judge_that_hangs_is_left_when_told_to_stop(cache: ContentCache) -> No
         return echo(body)
 
     with serving(answer) as server:
-        judge = judge_at(server, cache, concurrency=2)
-        threading.Timer(0.5, judge.stop.set).start()
         begun = time.monotonic()
-        with pytest.raises(Stopped):
-            judge.ask(REQUESTS)
+        stopped(judge_at(server, cache, concurrency=2))
         assert time.monotonic() - begun < GRACE_SECONDS + 3 and len(server.asked) == 2
         over.set()
 
@@ -234,10 +238,7 @@ def test_what_is_under_way_is_kept_when_told_to_stop(cache: ContentCache) -> Non
         return echo(body)
 
     with serving(answer) as server:
-        judge = judge_at(server, cache, concurrency=2)
-        threading.Timer(0.5, judge.stop.set).start()
-        with pytest.raises(Stopped):
-            judge.ask(REQUESTS)
+        stopped(judge_at(server, cache, concurrency=2))
         again = judge_at(server, cache)
         again.ask(REQUESTS)
         assert again.usage.cached == 2 and max(Counter(server.prompts).values()) == 1
